@@ -1,0 +1,311 @@
+"""Data: read and check the splits, tokenize them, put them into an order, collate batches."""
+
+import csv
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import GPT2Tokenizer
+
+from emoft import hub
+from emoft.config import INPUT_FILES, TrainConfig
+from emoft.errors import UserError, warn
+from emoft.template import TextFormat
+
+FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
+ROWS_NAMED = 5  # how many of the rows that a warning is about are named in it
+
+Batch = dict[str, Tensor]
+
+
+def read_splits(config: TrainConfig) -> tuple[dict[str, Dataset], TextFormat]:
+    """Read and check all splits that the configuration names.
+
+    Returns:
+        The splits "train" and, where there are any, "validation" and "test", each with the string column "text" and,
+        if the template names it, "label"; and the format that turns their rows into texts.
+
+    Raises:
+        UserError: data that are missing or cannot be used, with the file and the row.
+    """
+    text_format = TextFormat(config.template, config.append_eos, config.max_length)
+    with_label = text_format.has_label
+    sources = {field.removesuffix("_file"): getattr(config, field) for field in INPUT_FILES}
+    if config.train_file:
+        raw = {split: _read_file(config, f"--{split}_file", path) for split, path in sources.items() if path}
+    elif any(sources.values()):
+        raise UserError("--validation_file and --test_file need --train_file beside them: name the file to train on")
+    else:
+        raw = _read_hub(config)
+        sources = {split: f"{config.dataset_name} split {split}" for split in raw}
+    splits = {split: _clean(rows, sources[split], config, with_label) for split, rows in raw.items()}
+    if with_label:
+        feature = raw["train"].features[config.label_column]
+        labels = feature.names if isinstance(feature, ClassLabel) else sorted(splits["train"].unique("label"))
+        text_format = TextFormat(config.template, config.append_eos, config.max_length, list(labels))
+    for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
+        if limit and split in splits:
+            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+    return splits, text_format
+
+
+def _read_file(config: TrainConfig, flag: str, name: str) -> Dataset:
+    path = Path(name).expanduser()
+    ending = path.suffix.lower()
+    if path.is_dir():
+        raise UserError(f"{flag} {name} is a folder: name a file in it, or give the folder as --dataset_name")
+    if not path.exists():
+        raise UserError(f"{flag} {name}: no such file, check the path")
+    if ending not in FORMATS:
+        raise UserError(f"{flag} {name}: its ending tells no format, use one of {' '.join(FORMATS)}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{flag} {name} is empty: it needs at least one example")
+    try:
+        if ending in (".json", ".jsonl"):
+            for _ in _lines(path):
+                pass  # tells the line that is not UTF-8, which the JSON reader does not
+            return datasets.load_dataset("json", data_files=str(path), split="train")
+        if ending == ".parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        columns = _columns(path, config)
+        changed = path.stat().st_mtime_ns, path.stat().st_size  # part of the cache's key: an edited file is read again
+        return Dataset.from_generator(
+            _rows,
+            features=Features({column: Value("string") for column in columns}),
+            # A tuple of columns: lists are taken for parts of the data to be read one by one.
+            gen_kwargs={
+                "path": path.resolve(), "columns": tuple(columns), "delimiter": _delimiter(path, config),
+                "has_header": ending != ".txt" and not config.column_names, "changed": changed,
+            },
+        )  # fmt: skip
+    except (DatasetGenerationError, pa.ArrowException, ValueError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(f"{flag} {name} cannot be read ({cause}): mend the file") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file; the first one that is not UTF-8 raises a UserError that names it."""
+    with (
+        open(path, "rb") as file,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"Reading {path.name}", delay=2) as bar,
+    ):
+        for number, line in enumerate(file, start=1):
+            try:
+                # "utf-8-sig" drops the byte order mark that Windows programs put before the first line.
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} line {number}: byte {error.start + 1} ({line[error.start]:#04x}) is not UTF-8,"
+                    " save the file in the encoding UTF-8"
+                ) from None
+            bar.update(len(line))
+
+
+def _delimiter(path: Path, config: TrainConfig) -> str:
+    return config.delimiter or {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower(), "")
+
+
+def _columns(path: Path, config: TrainConfig) -> list[str]:
+    """Return the names of the columns of a .csv, .tsv or .txt file."""
+    if path.suffix.lower() == ".txt":
+        return [config.text_column, config.label_column] if config.delimiter else [config.text_column]
+    delimiter = _delimiter(path, config)
+    if len(delimiter) != 1:
+        raise UserError(f"--delimiter {delimiter!r} must be a single character for {path}")
+    columns = config.column_names or next(csv.reader(_lines(path), delimiter=delimiter), [])
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: two columns have the same name among {', '.join(columns)}: rename one")
+    return columns
+
+
+def _rows(
+    path: Path, columns: tuple[str, ...], delimiter: str, has_header: bool, changed: tuple[int, int]
+) -> Iterator[dict[str, str]]:
+    """Yield the rows of a .csv, .tsv or .txt file, all values as they stand: a message "NA" or "1984" is a message."""
+    if path.suffix.lower() == ".txt":
+        for number, line in enumerate(_lines(path), start=1):
+            values = line.rstrip("\r\n").rsplit(delimiter, 1) if delimiter else [line.rstrip("\r\n")]
+            if len(values) < len(columns) and values[0].strip():
+                raise UserError(f"{path} line {number} has no {delimiter!r}: write text{delimiter}label")
+            # An empty line stays, as a row without text, so that the rows a warning names are lines of the file.
+            yield dict(zip(columns, values + [""] * (len(columns) - len(values)), strict=True))
+        return
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    try:
+        for number, values in enumerate(reader):
+            if (number == 0 and has_header) or not values:
+                continue
+            if len(values) != len(columns):
+                raise UserError(
+                    f"{path} line {reader.line_num} has {len(values)} fields instead of {len(columns)}"
+                    f" ({', '.join(columns)}): put a text that holds {delimiter!r} between double quotes"
+                )
+            yield dict(zip(columns, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num}: {error}, mend the line") from None
+
+
+def _read_hub(config: TrainConfig) -> dict[str, Dataset]:
+    name = config.dataset_name
+    if not name:
+        raise UserError("no data: give --train_file or --dataset_name, or try --config demo")
+    hub.is_local(name, "data set", "dataset_name")
+    try:
+        found = datasets.load_dataset(name, config.dataset_config_name or None)
+    except Exception as error:  # the libraries raise dozens of types for what is one case to the user
+        if isinstance(error, ValueError) and "onfig" in str(error):
+            raise UserError(f"--dataset_config_name {config.dataset_config_name} of {name}: {error}") from None
+        raise hub.not_found(name, "data set", "dataset_name", error) from None
+    if "train" not in found:
+        raise UserError(f"--dataset_name {name} has no split train, only {', '.join(found)}: choose another")
+    return {split: found[split] for split in ("train", "validation") if split in found}
+
+
+def _clean(rows: Dataset, where: str, config: TrainConfig, with_label: bool) -> Dataset:
+    """Reduce a split to the string columns "text" and "label", without the rows in which one is null or blank."""
+    if len(rows) == 0:
+        raise UserError(f"{where} holds no example: it needs at least one")
+    wanted = {config.text_column: "text"} | ({config.label_column: "label"} if with_label else {})
+    for column, role in wanted.items():
+        if column not in rows.column_names:
+            raise UserError(
+                f"{where} has no column {column!r}, only {', '.join(rows.column_names)}: name one by --{role}_column"
+            )
+    feature = rows.features[config.text_column]
+    if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "null"):
+        kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+        raise UserError(f"{where}: column {config.text_column!r} holds {kind}, not text: name another by --text_column")
+    rows = rows.select_columns(list(wanted)).rename_columns(wanted)
+    if with_label:
+        rows = _label_names(rows)
+
+    whole: Any = True
+    table = rows.with_format("arrow")[:]
+    for column in table.columns:
+        trimmed = pc.utf8_trim_whitespace(column.cast(pa.string()))
+        whole = pc.and_(whole, pc.fill_null(pc.greater(pc.utf8_length(trimmed), 0), False))
+    is_whole = whole.to_numpy()
+    missing = np.flatnonzero(~is_whole)
+    what = " or ".join(rows.column_names)
+    if len(missing) == len(rows):
+        raise UserError(f"{where}: every row is without {what}, fill column {config.text_column!r} or name another")
+    if len(missing):
+        named = ", ".join(str(index + 1) for index in missing[:ROWS_NAMED])
+        more = ", ..." if len(missing) > ROWS_NAMED else ""
+        warn(f"{where}: skipped {len(missing)} of {len(rows)} rows, which have no {what}: row {named}{more}")
+        rows = rows.select(np.flatnonzero(is_whole))
+    return rows
+
+
+def _label_names(rows: Dataset) -> Dataset:
+    """Turn the column "label" from ids of a ClassLabel, numbers or anything else into strings."""
+    feature = rows.features["label"]
+    if not isinstance(feature, ClassLabel):
+        return rows.cast_column("label", Value("string"))
+
+    def to_names(labels: list[int | None]) -> dict[str, list[str | None]]:
+        return {"label": [None if label is None or label < 0 else feature.names[label] for label in labels]}
+
+    return rows.map(
+        to_names,
+        batched=True,
+        input_columns="label",
+        features=Features(rows.features | {"label": Value("string")}),
+        desc="Naming labels",
+    )
+
+
+def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) -> list[list[int]]:
+    """Return the token ids of filled templates: end-of-text appended if the format says so, then cut.
+
+    An "<|endoftext|>" that stands in a text is text: only the end of an example is taught to be an end.
+    """
+    end = [tokenizer.eos_token_id] if text_format.append_eos else []
+    rows = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return [(row + end)[: text_format.max_length] for row in rows]
+
+
+def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, split: str) -> Dataset:
+    """Return a memory-mapped data set of one column, "input_ids"; made once, then read from the cache."""
+    columns = ["text", "label"] if text_format.has_label else ["text"]
+
+    def encode_batch(*values: list[str]) -> dict[str, list[list[int]]]:
+        return {
+            "input_ids": encode(tokenizer, [text_format.fill(*row) for row in zip(*values, strict=True)], text_format)
+        }
+
+    # A fingerprint of our own: that of the function would change at every use of the tokenizer, which keeps state.
+    parts = (rows._fingerprint, tokenizer.backend_tokenizer.to_str(), repr(text_format))
+    return rows.map(
+        encode_batch,
+        batched=True,
+        input_columns=columns,
+        remove_columns=columns,
+        features=Features({"input_ids": datasets.List(Value("int32"))}),
+        new_fingerprint=hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32],
+        desc=f"Tokenizing {split}",
+    )
+
+
+def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the micro-batches of an epoch as indices into the train split.
+
+    The order is a function of seed and epoch alone, so that a resumed run finds its place without replaying anything.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(examples).tolist()
+    return _chunks(order, batch_size)
+
+
+def length_sorted_batches(rows: Dataset, batch_size: int) -> list[list[int]]:
+    """Return batches in the order of length, longest first, which pads least; for evaluation, where order is free."""
+    lengths = pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
+    return _chunks(np.argsort(-lengths, kind="stable").tolist(), batch_size)
+
+
+def _chunks(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def collate(rows: list[dict[str, list[int]]], pad_id: int) -> Batch:
+    """Pad rows on the right to the longest of them.
+
+    GPT-2 numbers positions from the left whatever the mask says, so that padding on the left would shift them.
+
+    Returns:
+        "input_ids" and "attention_mask", both (B, T) int64.
+    """
+    ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return {
+        "input_ids": pad(ids, padding_value=pad_id),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
+    }
+
+
+def build_loader(rows: Dataset, batches: list[list[int]], pad_id: int, device: torch.device) -> DataLoader[Batch]:
+    """Return a DataLoader over the given batches."""
+    return DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=functools.partial(collate, pad_id=pad_id),
+        pin_memory=device.type == "cuda",  # lets the copy to the GPU run beside the computation
+        generator=torch.Generator(),  # its own, so that making a loader draws nothing from dropout's random numbers
+    )

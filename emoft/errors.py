@@ -1,0 +1,38 @@
+"""What the user can mend: one line on standard error and exit code 2, never a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text says what is wrong, where, and what to do."""
+
+
+def warn(message: str) -> None:
+    """Print one line of warning to standard error."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a script's main function and leave the process with its exit code.
+
+    Exit codes: what `main` returns; 2 after a `UserError`; 130 after Ctrl-C; 141 when the reader of our output went
+    away (as in `generate.py ... | head`). Any other exception is a fault of ours and keeps its traceback (code 1).
+    """
+    try:
+        code = main()
+        sys.stdout.flush()
+    except UserError as error:
+        one_line = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {one_line}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)

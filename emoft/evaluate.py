@@ -1,0 +1,54 @@
+"""How well a model predicts a split: token-weighted loss and perplexity."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import GPT2LMHeadModel
+
+from emoft.data import Batch
+from emoft.loss import count_targets, shift_labels, summed_cross_entropy
+from emoft.precision import Precision
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result over a split: mean cross-entropy of its target tokens in nats, and how many those are."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is too large for a number."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where that is too large for a number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+@torch.inference_mode()
+def evaluate(model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Precision, desc: str) -> Evaluation:
+    """Return the loss over all batches of a loader, each token weighing the same; dropout is off meanwhile.
+
+    The sum is kept in float64, so that the order of the batches does not show in the result.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=precision.device)
+    tokens = 0
+    for batch in tqdm(loader, desc=desc, unit="batch", leave=False, dynamic_ncols=True):
+        tokens += count_targets(batch["attention_mask"])
+        inputs = {name: values.to(precision.device, non_blocking=True) for name, values in batch.items()}
+        with precision.autocast():
+            logits = model(**inputs, use_cache=False).logits
+        total += summed_cross_entropy(logits, shift_labels(**inputs))
+    model.train(was_training)
+    return Evaluation(loss=total.item() / max(1, tokens), tokens=tokens)

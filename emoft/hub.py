@@ -1,0 +1,73 @@
+"""The Hugging Face Hub: is it in reach? If not, work from the cache at once instead of after minutes of retries."""
+
+import functools
+import os
+import threading
+
+import datasets
+import huggingface_hub
+
+from emoft.errors import UserError, warn
+
+PROBE_SECONDS = 5
+
+
+@functools.cache
+def go_offline_if_unreachable() -> str:
+    """Ask the Hub for a sign of life, once; without one, put the libraries into their offline mode, with a warning.
+
+    Returns:
+        Why the Hub is out of reach, or an empty text.
+    """
+    if huggingface_hub.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    answer: list[str] = []
+
+    def probe() -> None:
+        try:
+            response = huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PROBE_SECONDS)
+            answer.append("" if response.status_code < 500 else f"it answers with status {response.status_code}")
+        except Exception as error:  # whatever the network does, the answer is the same: out of reach
+            answer.append(f"{error}" or type(error).__name__)
+
+    # In a thread, because looking up a name can take longer than any time-out of a request.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS + 1)
+    reason = answer[0] if answer else f"no answer within {PROBE_SECONDS} seconds"
+    if reason:
+        # The environment variable is read when the libraries are imported, which is long ago.
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+        warn(f"{huggingface_hub.constants.ENDPOINT} is out of reach ({reason}): using the cache")
+    return reason
+
+
+def is_local(name: str, what: str, flag: str) -> bool:
+    """Tell a folder from a Hub id, and look for the Hub in the second case.
+
+    Raises:
+        UserError: the name is a path to nowhere.
+    """
+    if os.path.isdir(name):
+        return True
+    if os.path.exists(name):
+        raise UserError(f"--{flag} {name} is a file: name the folder that holds the {what}")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise UserError(f"--{flag} {name}: no such folder; check the path, or name a {what} on the Hub")
+    go_offline_if_unreachable()
+    return False
+
+
+def not_found(name: str, what: str, flag: str, error: Exception) -> UserError:
+    """Return the error for something the Hub does not give, with what to do instead."""
+    reason = go_offline_if_unreachable()
+    if reason:
+        return UserError(
+            f"--{flag} {name}: no such folder, not in the cache, and the Hub is out of reach ({reason});"
+            f" connect, or name a folder that holds the {what}, or try --config demo, which needs no network"
+        )
+    return UserError(
+        f"--{flag} {name}: neither a folder nor to be had from the Hub ({type(error).__name__}:"
+        f" {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}); check the spelling"
+    )

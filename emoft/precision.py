@@ -1,0 +1,38 @@
+"""Automatic mixed precision: the type of the matrix products, chosen for the device, and the loss scale of fp16."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch.amp import GradScaler
+
+
+class Precision:
+    """Autocast and GradScaler for one device.
+
+    Weights, gradients and AdamW's state stay in float32; autocast runs matrix products in `dtype`. Only fp16 needs
+    its loss scaled, because small gradients would vanish in its narrow range; elsewhere the scaler passes through.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = choose_precision(device) if name == "auto" else name
+        self.device = device
+        self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        self.scaler = GradScaler(device.type, enabled=self.name == "fp16")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context that a forward pass runs in."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "no")
+
+
+def choose_precision(device: torch.device) -> str:
+    """Return bf16 where the device computes in it, else fp16 on a GPU, else "no"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bf16"
+    return "no"
+
+
+def choose_device(use_cpu: bool) -> torch.device:
+    """Return the first GPU, or the CPU where there is none or `use_cpu` asks for it."""
+    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")

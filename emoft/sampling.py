@@ -1,0 +1,136 @@
+"""Prompts -> texts, a batch at a time, from a model in memory."""
+
+import codecs
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Tokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from emoft.errors import UserError
+from emoft.model import decode, token_bytes
+from emoft.template import TextFormat
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One result: its prompt, the whole text, its tokens after the prompt, and whether the model itself ended it."""
+
+    prompt: str
+    text: str
+    new_tokens: int
+    finished: bool
+
+
+def encode_prompt(tokenizer: GPT2Tokenizer, prompt: str) -> list[int]:
+    """Return the token ids of a prompt; an empty one becomes end-of-text, after which GPT-2's texts begin."""
+    return tokenizer(prompt, verbose=False)["input_ids"] or [tokenizer.eos_token_id]
+
+
+def check_prompts(
+    model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, prompts: Sequence[str], max_length: int, max_new_tokens: int = 0
+) -> None:
+    """See that each prompt leaves room for at least one token.
+
+    Raises:
+        UserError: one does not; it is named by its number, from 1.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        length = len(encode_prompt(tokenizer, prompt))
+        limit = length + max_new_tokens if max_new_tokens else max_length
+        if limit > model.config.n_positions:
+            raise UserError(
+                f"prompt {number}: {limit} tokens are more than the model's {model.config.n_positions} positions:"
+                " lower --max_new_tokens or --max_length"
+            )
+        if length >= limit:
+            raise UserError(f"prompt {number} has {length} tokens, no less than --max_length {limit}: raise it")
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: GPT2LMHeadModel,
+    tokenizer: GPT2Tokenizer,
+    prompts: Sequence[str],
+    max_length: int = 100,
+    max_new_tokens: int = 0,
+    streamer: BaseStreamer | None = None,
+    **options: Any,
+) -> list[list[Generated]]:
+    """Continue prompts together, padded on the left so that each goes on at its last token.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        prompts: texts to continue, all past `check_prompts`.
+        max_length: longest result in tokens, prompt included; counted for each prompt by itself.
+        max_new_tokens: if not 0, most tokens after the prompt instead.
+        streamer: receives the tokens as they come, of a single prompt.
+        options: of `GenerationConfig`, such as `do_sample` or `num_return_sequences`.
+
+    Returns:
+        For each prompt its results.
+    """
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    width = max(map(len, rows))
+    eos = tokenizer.eos_token_id
+    input_ids = torch.tensor([[eos] * (width - len(row)) + row for row in rows], device=model.device)
+    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    room = [max_new_tokens or max_length - len(row) for row in rows]
+    config = GenerationConfig(max_new_tokens=max(room), eos_token_id=eos, pad_token_id=eos, bos_token_id=eos, **options)
+    output: Any = model.generate(  # type: ignore[misc]  # a fault of the library's types
+        input_ids, attention_mask=attention_mask, generation_config=config, streamer=streamer
+    )
+    results: list[list[Generated]] = [[] for _ in prompts]
+    repeats = len(output) // len(prompts)
+    for index, sequence in enumerate(output[:, width:].tolist()):
+        number = index // repeats
+        new = sequence[: room[number]]
+        finished = eos in new
+        new = new[: new.index(eos)] if finished else new
+        text = decode(tokenizer, rows[number] + new)
+        results[number].append(Generated(prompts[number], text, len(new), finished))
+    return results
+
+
+def sample_texts(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text_format: TextFormat, seed: int) -> list[str]:
+    """Return one sampled text for each emotion, or a single one where the template names none.
+
+    Model mode and random generators are left as they were, so that a training may call this between two steps.
+    """
+    prompts = [text_format.prompt(label) for label in text_format.labels] or [text_format.prompt()]
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        results = generate_batch(model, tokenizer, prompts, text_format.max_length, do_sample=True, top_k=50)
+    model.train(was_training)
+    return [result[0].text for result in results]
+
+
+class TerminalStreamer(BaseStreamer):
+    """Prints the continuation of a prompt as its tokens come, each character as soon as its last byte is there."""
+
+    def __init__(self, tokenizer: GPT2Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        self.prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then a token at a time."""
+        if self.prompt_seen:
+            sys.stdout.write(self.decoder.decode(token_bytes(self.tokenizer, value.flatten().tolist())))
+            sys.stdout.flush()
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """End the line."""
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        self.prompt_seen = False
+        self.decoder.reset()

@@ -1,0 +1,33 @@
+"""SIGINT and SIGTERM: finish the step, save, then leave. A second signal leaves at once."""
+
+import signal
+from types import FrameType, TracebackType
+
+
+class StopSignals:
+    """While this context is open, the first SIGINT or SIGTERM is only noted, for the loop to ask for."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    @property
+    def exit_code(self) -> int:
+        """130 after SIGINT, 143 after SIGTERM, by the shell's custom of 128 + number; 0 without a signal."""
+        return 128 + self.received if self.received else 0

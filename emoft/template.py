@@ -1,0 +1,111 @@
+"""One example -> the text the model sees. The format is saved beside the model, so that generation uses the same."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+
+from emoft.errors import UserError
+
+FILE_NAME = "emoft.json"
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How examples become texts.
+
+    `template` holds `{text}` and, for conditioned models, `{label}`. `labels` are the names a `{label}` can take, in
+    the order of the data set (empty without `{label}`). With `append_eos` the end-of-text token follows the text;
+    then both are cut to `max_length` tokens.
+    """
+
+    template: str
+    append_eos: bool = True
+    max_length: int = 64
+    labels: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        fields = template_fields(self.template)
+        if "text" not in fields:
+            raise UserError(f"--template {self.template!r} has no {{text}}: put {{text}} where the message belongs")
+        for name in fields:
+            if name not in ("text", "label"):
+                raise UserError(
+                    f"--template {self.template!r} has the unknown field {{{name}}}: use {{text}} and {{label}}"
+                )
+
+    @property
+    def has_label(self) -> bool:
+        """Whether the text names the emotion, so that generation can be conditioned on it."""
+        return "label" in template_fields(self.template)
+
+    def fill(self, text: str, label: str = "") -> str:
+        """Return the text of one example, without the end-of-text token."""
+        return self.template.format(text=text, label=label)
+
+    def prompt(self, label: str = "", text: str = "") -> str:
+        """Return what stands before the words to be generated: the template up to the end of its `{text}`.
+
+        Trailing blanks are dropped, because GPT-2's tokens carry the blank in front of a word.
+
+        Raises:
+            UserError: the template or the label cannot condition a generation.
+        """
+        before, _, after = self.template.partition("{text}")
+        if label:
+            if not self.has_label:
+                raise UserError(
+                    f"the model was trained with the template {self.template!r}, which names no emotion: give --prompt"
+                    " instead of --emotion, or train with a template that has {label}, such as --config demo"
+                )
+            if "{label}" in after:
+                raise UserError(
+                    f"the template {self.template!r} names the emotion after the text, so it cannot steer what is"
+                    " generated: give --prompt instead, or train with {label} before {text}"
+                )
+            if label not in self.labels:
+                raise UserError(f"no emotion {label!r} in this model: choose from {', '.join(self.labels)}")
+        return (before.format(label=label) + text).rstrip()
+
+    def save(self, folder: Path) -> None:
+        """Write the format beside a saved model."""
+        content = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        (folder / FILE_NAME).write_text(content + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "TextFormat":
+        """Read the format saved beside a model.
+
+        Raises:
+            UserError: there is none, or it is not one of ours.
+        """
+        path = folder / FILE_NAME
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} has no {FILE_NAME}, which holds its template: give --prompt instead of --emotion"
+            ) from None
+        except (TypeError, ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): copy it again from the training run") from None
+
+
+def template_fields(template: str) -> list[str]:
+    """Return the names between braces, in order; `{{` and `}}` stand for braces themselves.
+
+    Raises:
+        UserError: braces do not match.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(
+            f"--template {template!r} is malformed ({error}): write a brace that is text twice, {{{{"
+        ) from None
+    # A format or conversion ("{text!r}", "{text:>9}") is no field of ours either.
+    return [
+        name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+        for _, name, spec, conversion in parts
+        if name is not None
+    ]

@@ -1,0 +1,219 @@
+"""Fine-tune GPT-2 on short emotional texts: `python train.py --help` lists the flags, the README explains them.
+
+Read from top to bottom: `train` sets up, loops over optimizer steps, and finishes; each helper it calls is one module
+of emoft/. The loop itself is all here.
+"""
+
+import dataclasses
+import math
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from torch.utils.data import DataLoader
+
+from emoft import errors
+from emoft.checkpoint import (
+    capture_state,
+    find_checkpoint,
+    load_state,
+    prepare_output_dir,
+    remove_old_checkpoints,
+    restore_state,
+    save_checkpoint,
+)
+from emoft.config import TrainConfig, parse_config, save_config
+from emoft.data import Batch, build_loader, epoch_batches, length_sorted_batches, read_splits, tokenize
+from emoft.evaluate import evaluate
+from emoft.loss import count_targets, shift_labels, summed_cross_entropy
+from emoft.model import load_model, load_model_and_tokenizer, save_model
+from emoft.optim import build_optimizer, build_schedule, clip_gradients, skip_if_not_finite
+from emoft.precision import Precision, choose_device
+from emoft.sampling import sample_texts
+from emoft.signals import StopSignals
+from emoft.tracking import RESULTS_FILE, RunState, Tracker, write_json
+
+
+def train(config: TrainConfig) -> int:
+    """Run a training from its configuration to its saved model.
+
+    Returns:
+        The exit code: 0, or 130 or 143 if a signal stopped the run after saving.
+
+    Raises:
+        UserError: something the user can mend; before the first step wherever possible.
+    """
+    # ---- Set up: data, model, optimizer, schedule, precision -------------------------------------------------------
+    device = choose_device(config.use_cpu)
+    checkpoint = find_checkpoint(config)
+    saved = load_state(checkpoint, config) if checkpoint else None
+    torch.manual_seed(config.seed)
+
+    splits, text_format = read_splits(config)
+    texts = (text_format.fill(**row) for row in splits["train"])
+    if checkpoint:
+        source = dataclasses.replace(config, model_name_or_path=str(checkpoint), config_overrides="", tokenizer_name="")
+        model, tokenizer = load_model_and_tokenizer(source, texts)
+    else:
+        model, tokenizer = load_model_and_tokenizer(config, texts)
+    tokenized = {split: tokenize(rows, tokenizer, text_format, split) for split, rows in splits.items()}
+    train_data = tokenized["train"]
+
+    micro_batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(train_data) / (micro_batch_size * accumulation))
+    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+
+    model.to(device)  # type: ignore[arg-type]  # a fault of the library's types
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, total_steps)
+    precision = Precision(config.mixed_precision, device)
+    scaler = precision.scaler
+    run = RunState()
+    if saved:
+        restore_state(saved, optimizer, schedule, precision)
+        run = RunState(**saved["run"])
+
+    def loader_of(split: str) -> DataLoader[Batch]:
+        batches = length_sorted_batches(tokenized[split], config.per_device_eval_batch_size)
+        return build_loader(tokenized[split], batches, tokenizer.eos_token_id, device)
+
+    def save() -> Path:
+        state = capture_state(config, optimizer, schedule, precision, tracker.state_for_checkpoint())
+        folder = save_checkpoint(output_dir, run.step, write_model, state)
+        best_step = run.best_step if config.load_best_model_at_end else None
+        remove_old_checkpoints(output_dir, config.save_total_limit, best_step)
+        return folder
+
+    def write_model(folder: Path) -> None:
+        save_model(folder, model, tokenizer, text_format)
+        tracker.write_state(folder)
+
+    output_dir = prepare_output_dir(config)
+    save_config(config, output_dir / "train_config.yaml")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} ({precision.name}),"
+        f" {len(train_data):,} examples, {total_steps:,} steps of"
+        f" {micro_batch_size} x {accumulation} examples, into {output_dir}"
+    )
+
+    # ---- The loop ---------------------------------------------------------------------------------------------------
+    stopped_early = False
+    faults = torch.zeros((), device=device)  # steps refused because their gradient was not finite
+    tracker = Tracker(config, run, total_steps, steps_per_epoch, device)
+    with StopSignals() as signals, tracker:
+        while run.step < total_steps and not stopped_early and not signals.received:
+            # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
+            epoch, steps_done = divmod(run.step, steps_per_epoch)
+            batches = epoch_batches(len(train_data), micro_batch_size, config.seed, epoch)[steps_done * accumulation :]
+            micro_batches = iter(build_loader(train_data, batches, tokenizer.eos_token_id, device))
+
+            # Fetch the micro-batches of this step and count their labelled tokens, on the CPU, where they still are.
+            while step_batches := list(islice(micro_batches, accumulation)):
+                step_tokens = sum(count_targets(batch["attention_mask"]) for batch in step_batches)
+                step_samples = sum(len(batch["input_ids"]) for batch in step_batches)
+
+                # Forward and backward. Each micro-batch adds its part to the mean over all tokens of the step, so
+                # that 4 x 1, 2 x 2 and 1 x 4 examples give the same gradient, whatever their lengths.
+                step_loss = torch.zeros((), device=device)
+                for batch in step_batches:
+                    inputs = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+                    with precision.autocast():
+                        logits = model(**inputs, use_cache=False).logits  # (B, T, V)
+                    targets = shift_labels(**inputs)  # (B, T)
+                    loss = summed_cross_entropy(logits, targets) / max(1, step_tokens)
+                    scaler.scale(loss).backward()
+                    step_loss += loss.detach()
+
+                # Take the loss scale out of the gradients once, now that they are complete; measure and clip them.
+                scaler.unscale_(optimizer)
+                grad_norm = clip_gradients(model.parameters(), config.max_grad_norm)
+
+                # Update, unless the gradient is not finite: then weights and optimizer must stay as they are. fp16's
+                # scaler sees to it itself and lowers its scale; otherwise the optimizer is told to skip, and the fault
+                # is reported below. The fused optimizer skips silently: only the fallen scale shows it.
+                scale = scaler.get_scale()  # in fp16 a CPU-GPU sync point
+                if not scaler.is_enabled():
+                    faults += skip_if_not_finite(optimizer, grad_norm)
+                learning_rate = float(schedule.get_last_lr()[0])
+                scaler.step(optimizer)
+                scaler.update()
+                skipped = scaler.get_scale() < scale
+                if not skipped:
+                    schedule.step()  # a step that changed nothing must not use up the schedule either
+                optimizer.zero_grad(set_to_none=True)
+                tracker.count_step(step_loss, step_tokens, step_samples, skipped)
+
+                # Log, evaluate, save, stop if asked to.
+                is_last = run.step >= total_steps
+                should_log = run.step % config.logging_steps == 0 or is_last
+                at_eval = run.step % config.eval_steps == 0 if config.eval_steps else run.step % steps_per_epoch == 0
+                at_save = config.save_steps > 0 and run.step % config.save_steps == 0
+                should_evaluate = "validation" in tokenized and (at_eval or is_last)
+                if (device.type == "cpu" or should_log or should_evaluate or at_save or signals.received) and faults:
+                    raise not_finite_error(run.step, step_loss, output_dir)  # `faults` is a CPU-GPU sync point
+                if should_log:
+                    fp16 = {"loss_scale": scale, "skipped_steps": run.skipped_steps} if scaler.is_enabled() else {}
+                    tracker.log_step(grad_norm, learning_rate=learning_rate, **fp16)
+                is_best = False
+                if should_evaluate:
+                    with tracker.clock_stopped():
+                        is_best = tracker.log_evaluation(
+                            evaluate(model, loader_of("validation"), precision, "Evaluating")
+                        )
+                    patience = config.early_stopping_patience
+                    stopped_early = bool(patience) and run.evaluations_since_best >= patience
+                if at_save or (is_best and config.load_best_model_at_end) or signals.received:
+                    with tracker.clock_stopped():
+                        folder = save()
+                if is_last or stopped_early or signals.received:
+                    break
+
+    if signals.received:
+        print(
+            f"stopped by {signals.received.name} after step {run.step}, saved {folder}; to go on, run the same command"
+        )
+        print("with --resume_from_checkpoint latest")
+        return signals.exit_code
+
+    # ---- Finish: the best model, its figures, a few texts -----------------------------------------------------------
+    if stopped_early:
+        print(f"stopped early: no better evaluation loss in {patience} evaluations since step {run.best_step}")
+    if config.load_best_model_at_end and 0 < run.best_step < run.step:
+        model.load_state_dict(load_model(str(output_dir / f"checkpoint-{run.best_step}")).state_dict())
+        print(f"took the model of step {run.best_step}, the best")
+    results = tracker.results()
+    if "test" in tokenized:
+        test = evaluate(model, loader_of("test"), precision, "Testing")
+        results |= {"test_loss": test.loss, "test_perplexity": test.perplexity}
+    write_model(output_dir)
+    write_json(output_dir / RESULTS_FILE, results)
+    print("\n".join(f"{name:26} {value:,.4f}" for name, value in results.items()))
+    for text in sample_texts(model, tokenizer, text_format, config.seed):
+        print(text)
+    print(f"saved the model in {output_dir}; generate with: python generate.py --model_name_or_path {output_dir}")
+    return 0
+
+
+def not_finite_error(step: int, loss: torch.Tensor, output_dir: Path) -> errors.UserError:
+    """Return the error that ends a run whose loss or gradient became infinite or NaN."""
+    return errors.UserError(
+        f"step {step}: loss {loss.item():.4g}, and a gradient that is not finite since the last log entry; no such step"
+        f" was applied, and the checkpoints in {output_dir} are sound: lower --learning_rate, or raise --warmup_steps"
+    )
+
+
+def main() -> int:
+    """Read the flags and train."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and saving, which take a moment
+    datasets.logging.set_verbosity_error()
+    return train(parse_config(TrainConfig))
+
+
+if __name__ == "__main__":
+    errors.run(main)
