@@ -93,7 +93,7 @@ def main() -> int:
     prompts = read_prompts(config)
     tokenizer = load_tokenizer(name)
     model = load_model(name).eval()
-    model.to(choose_device(config.use_cpu))  # type: ignore[arg-type]  # a fault of the library's types
+    model.to(choose_device(config.use_cpu))
     check_prompts(model, tokenizer, prompts, config.max_length, config.max_new_tokens)
 
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}

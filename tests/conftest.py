@@ -1,0 +1,159 @@
+"""What the tests share: ways to run the real scripts, and a tiny model and data to run them on."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SENTENCES = [
+    ("i feel happy because my friends came to visit", "joy"),
+    ("i was so sad when the rain spoiled our walk", "sadness"),
+    ("my heart is full of love for my little sister", "love"),
+    ("i am angry that nobody told me", "anger"),
+    ("the dark street makes me afraid", "fear"),
+    ("i could not believe my eyes", "surprise"),
+    ("we laughed all evening", "joy"),
+    ("i miss my old dog more than i can say and the house is very quiet without him now", "sadness"),
+]
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        """The lines of standard error that are no progress bar."""
+        lines = self.err.replace("\r", "\n").splitlines()
+        return [
+            line for line in lines if line.strip() and "it/s]" not in line and "%|" not in line and "[00:" not in line
+        ]
+
+
+def environment(tmp: Path, **extra: str) -> dict[str, str]:
+    """An environment with caches of its own and no Hub."""
+    names = {
+        "HF_HOME": str(tmp / "hf-home"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "COLUMNS": "120",
+    }
+    return {**names, **extra}
+
+
+def run_fresh(script: str, *args: object, cwd: Path, stdin: str = "", timeout: float = 300, **env: str) -> Result:
+    """Run a script in a process of its own, from the first import on."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, **env},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+class WarmScripts:
+    """Runs the real scripts in real processes that need not import the libraries again; see warm_start.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "warm_start.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment(folder)},
+        )
+
+    def start(self, script: str, *args: object, cwd: Path, stdin: str = "", **env: str) -> int:
+        """Start a script; returns its process id. Wait for it with `finish` before starting another."""
+        self.files = {name: self.folder / name for name in ("stdin", "stdout", "stderr")}
+        for path in self.files.values():
+            path.write_text(stdin if path.name == "stdin" else "", encoding="utf-8")
+        request = {
+            "argv": [str(ROOT / script), *map(str, args)],
+            "cwd": str(cwd),
+            "env": env,
+            **{name: str(path) for name, path in self.files.items()},
+        }
+        assert self.server.stdin and self.server.stdout
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def finish(self) -> Result:
+        assert self.server.stdout
+        code = int(self.server.stdout.readline())
+        out, err = (self.files[name].read_bytes().decode("utf-8", "replace") for name in ("stdout", "stderr"))
+        return Result(code, out, err)
+
+    def __call__(self, script: str, *args: object, cwd: Path, stdin: str = "", **env: str) -> Result:
+        self.start(script, *args, cwd=cwd, stdin=stdin, **env)
+        return self.finish()
+
+    def close(self) -> None:
+        assert self.server.stdin
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmScripts]:
+    warm = WarmScripts(tmp_path_factory.mktemp("scripts"))
+    yield warm
+    warm.close()
+
+
+@pytest.fixture
+def run(scripts: WarmScripts, tmp_path: Path) -> Callable[..., Result]:
+    """Run train.py or generate.py in `tmp_path` (another folder by `cwd`)."""
+
+    def run_in(script: str, *args: object, cwd: Path = tmp_path, stdin: str = "", **env: str) -> Result:
+        return scripts(script, *args, cwd=cwd, stdin=stdin, **env)
+
+    return run_in
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 messages of very different lengths, as `text;label` lines."""
+    path = tmp_path_factory.mktemp("data") / "train.txt"
+    lines = [
+        f"{text} {'and so on ' * (number % 4)}{number};{label}" for number in range(6) for text, label in SENTENCES
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def validation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "validation.txt"
+    path.write_text("".join(f"today {text};{label}\n" for text, label in SENTENCES), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random GPT-2 of 2 blocks, 32 wide, dropout on, and a tokenizer of 400 tokens."""
+    from emoft.model import fresh_model, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer([f"Emotion: {text}" for text, _ in SENTENCES], 400)
+    torch.manual_seed(0)
+    model = fresh_model("n_layer=2,n_embd=32,n_head=2,n_positions=128", tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
