@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from emoft.config import TrainConfig
+from emoft.errors import UserError
+from emoft.model import fresh_model, train_tokenizer
+from emoft.optim import build_optimizer, build_schedule, clip_gradients, count_warmup_steps, skip_if_not_finite
+
+
+def rates(total_steps: int, **settings: object) -> list[float]:
+    """The learning rate of each step and the one after the last, relative to the highest."""
+    config = TrainConfig(learning_rate=1.0, **settings)
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    schedule = build_schedule(optimizer, config, total_steps)
+    seen = []
+    for _ in range(total_steps + 1):
+        seen.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+class TestSchedule:
+    def test_linear(self) -> None:
+        assert rates(4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+    def test_linear_with_warmup(self) -> None:
+        assert rates(6, warmup_steps=2) == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25, 0])
+
+    def test_cosine(self) -> None:
+        assert rates(4, lr_scheduler_type="cosine") == pytest.approx(
+            [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(5)]
+        )
+
+    def test_constant(self) -> None:
+        assert rates(3, warmup_steps=1, lr_scheduler_type="constant") == [0, 1, 1, 1]
+
+    def test_warmup_as_a_share(self) -> None:
+        assert count_warmup_steps(0.1, 95) == 10
+        assert count_warmup_steps(3, 95) == 3
+        assert count_warmup_steps(0, 95) == 0
+        assert count_warmup_steps(95, 95) == 95
+
+    def test_warmup_longer_than_the_run(self) -> None:
+        with pytest.raises(UserError, match="--warmup_steps 96 is longer than the run of 95"):
+            count_warmup_steps(96, 95)
+
+
+def test_decay_is_for_matrices() -> None:
+    model = fresh_model("n_layer=1,n_embd=8,n_head=1", train_tokenizer(["a"], 257))
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.1))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert names == {
+        "transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight",
+        "transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_proj.weight",
+    }  # fmt: skip
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+class TestClipping:
+    @pytest.fixture
+    def parameters(self) -> list[nn.Parameter]:
+        parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
+        parameters[0].grad = torch.tensor([2.0, 3.0])
+        parameters[1].grad = torch.tensor([6.0])
+        return parameters
+
+    def test_returns_the_norm_before(self, parameters) -> None:
+        assert clip_gradients(parameters, 1.0).item() == 7
+        assert parameters[1].grad.item() == pytest.approx(6 / 7, rel=1e-5)
+
+    def test_leaves_small_gradients(self, parameters) -> None:
+        assert clip_gradients(parameters, 7.5).item() == 7
+        assert parameters[1].grad.item() == 6
+
+    def test_zero_is_off(self, parameters) -> None:
+        assert clip_gradients(parameters, 0).item() == 7
+        assert parameters[1].grad.item() == 6
+
+
+@pytest.mark.parametrize(("value", "skips"), [(1.0, False), (math.inf, True), (math.nan, True)])
+def test_a_step_that_is_not_finite_changes_nothing(value: float, skips: bool) -> None:
+    model = nn.Linear(3, 1)
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.1))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()  # so that there are moments to spoil
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    model.weight.grad[0, 0] = value
+    assert skip_if_not_finite(optimizer, clip_gradients(model.parameters(), 1.0)).item() == skips
+    optimizer.step()
+    after = list(model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == skips
+    now = [state["exp_avg"] for state in optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True)) == skips
