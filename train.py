@@ -6,6 +6,8 @@ of emoft/. The loop itself is all here.
 
 import dataclasses
 import math
+import shlex
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -60,6 +62,9 @@ def train(config: TrainConfig) -> int:
         model, tokenizer = load_model_and_tokenizer(config, texts)
     tokenized = {split: tokenize(rows, tokenizer, text_format, split) for split, rows in splits.items()}
     train_data = tokenized["train"]
+    can_evaluate = "validation" in tokenized
+    if not can_evaluate and (config.eval_steps or config.early_stopping_patience):
+        raise errors.UserError("--eval_steps and --early_stopping_patience need data to evaluate on: --validation_file")
 
     micro_batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_data) / (micro_batch_size * accumulation))
@@ -102,18 +107,19 @@ def train(config: TrainConfig) -> int:
     )
 
     # ---- The loop ---------------------------------------------------------------------------------------------------
+    done = run.step >= total_steps  # a resumed run may have only its end to write
     stopped_early = False
     faults = torch.zeros((), device=device)  # steps refused because their gradient was not finite
     tracker = Tracker(config, run, total_steps, steps_per_epoch, device)
     with StopSignals() as signals, tracker:
-        while run.step < total_steps and not stopped_early and not signals.received:
+        while not done:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
             epoch, steps_done = divmod(run.step, steps_per_epoch)
             batches = epoch_batches(len(train_data), micro_batch_size, config.seed, epoch)[steps_done * accumulation :]
             micro_batches = iter(build_loader(train_data, batches, tokenizer.eos_token_id, device))
 
             # Fetch the micro-batches of this step and count their labelled tokens, on the CPU, where they still are.
-            while step_batches := list(islice(micro_batches, accumulation)):
+            while not done and (step_batches := list(islice(micro_batches, accumulation))):
                 step_tokens = sum(count_targets(batch["attention_mask"]) for batch in step_batches)
                 step_samples = sum(len(batch["input_ids"]) for batch in step_batches)
 
@@ -150,45 +156,39 @@ def train(config: TrainConfig) -> int:
 
                 # Log, evaluate, save, stop if asked to.
                 is_last = run.step >= total_steps
-                should_log = run.step % config.logging_steps == 0 or is_last
-                at_eval = run.step % config.eval_steps == 0 if config.eval_steps else run.step % steps_per_epoch == 0
-                at_save = config.save_steps > 0 and run.step % config.save_steps == 0
-                should_evaluate = "validation" in tokenized and (at_eval or is_last)
-                if (device.type == "cpu" or should_log or should_evaluate or at_save or signals.received) and faults:
-                    raise not_finite_error(run.step, step_loss, output_dir)  # `faults` is a CPU-GPU sync point
+                should_log = is_last or run.step % config.logging_steps == 0
+                should_evaluate = can_evaluate and (is_last or run.step % (config.eval_steps or steps_per_epoch) == 0)
+                should_save = config.save_steps > 0 and run.step % config.save_steps == 0
+                if (device.type == "cpu" or should_log or should_evaluate or should_save) and faults:  # a sync point
+                    raise not_finite_error(run.step, step_loss, output_dir)
                 if should_log:
                     fp16 = {"loss_scale": scale, "skipped_steps": run.skipped_steps} if scaler.is_enabled() else {}
                     tracker.log_step(grad_norm, learning_rate=learning_rate, **fp16)
-                is_best = False
                 if should_evaluate:
                     with tracker.clock_stopped():
-                        is_best = tracker.log_evaluation(
-                            evaluate(model, loader_of("validation"), precision, "Evaluating")
-                        )
-                    patience = config.early_stopping_patience
-                    stopped_early = bool(patience) and run.evaluations_since_best >= patience
-                if at_save or (is_best and config.load_best_model_at_end) or signals.received:
+                        is_best = tracker.log_evaluation(evaluate(model, loader_of("validation"), precision))
+                    should_save |= is_best and config.load_best_model_at_end
+                    stopped_early = 0 < config.early_stopping_patience <= run.evaluations_since_best
+                stop_signal = signals.received  # asked once: the answer may change between two looks
+                if should_save or stop_signal:
                     with tracker.clock_stopped():
                         folder = save()
-                if is_last or stopped_early or signals.received:
-                    break
+                done = is_last or stopped_early or stop_signal is not None
 
-    if signals.received:
-        print(
-            f"stopped by {signals.received.name} after step {run.step}, saved {folder}; to go on, run the same command"
-        )
-        print("with --resume_from_checkpoint latest")
+    if run.step < total_steps and not stopped_early:
+        print(f"stopped by {signals.name} after step {run.step} and saved {folder}; to go on, run:")
+        print(f"  {resume_command(config)}")
         return signals.exit_code
 
     # ---- Finish: the best model, its figures, a few texts -----------------------------------------------------------
     if stopped_early:
-        print(f"stopped early: no better evaluation loss in {patience} evaluations since step {run.best_step}")
+        print(f"stopped early: {run.evaluations_since_best} evaluations without a better loss than at {run.best_step}")
     if config.load_best_model_at_end and 0 < run.best_step < run.step:
         model.load_state_dict(load_model(str(output_dir / f"checkpoint-{run.best_step}")).state_dict())
         print(f"took the model of step {run.best_step}, the best")
     results = tracker.results()
     if "test" in tokenized:
-        test = evaluate(model, loader_of("test"), precision, "Testing")
+        test = evaluate(model, loader_of("test"), precision)
         results |= {"test_loss": test.loss, "test_perplexity": test.perplexity}
     write_model(output_dir)
     write_json(output_dir / RESULTS_FILE, results)
@@ -197,6 +197,14 @@ def train(config: TrainConfig) -> int:
         print(text)
     print(f"saved the model in {output_dir}; generate with: python generate.py --model_name_or_path {output_dir}")
     return 0
+
+
+def resume_command(config: TrainConfig) -> str:
+    """Return the command that continues a run that was stopped."""
+    words = [word for word in sys.argv if word != "--overwrite_output_dir"]
+    if config.resume_from_checkpoint != "latest":
+        words += ["--resume_from_checkpoint", "latest"]  # of a flag given twice the last one counts
+    return shlex.join(["python", *words])
 
 
 def not_finite_error(step: int, loss: torch.Tensor, output_dir: Path) -> errors.UserError:

@@ -35,7 +35,7 @@ def perplexity(loss: float) -> float:
 
 
 @torch.inference_mode()
-def evaluate(model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Precision, desc: str) -> Evaluation:
+def evaluate(model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Precision) -> Evaluation:
     """Return the loss over all batches of a loader, each token weighing the same; dropout is off meanwhile.
 
     The sum is kept in float64, so that the order of the batches does not show in the result.
@@ -44,7 +44,7 @@ def evaluate(model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Preci
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=precision.device)
     tokens = 0
-    for batch in tqdm(loader, desc=desc, unit="batch", leave=False, dynamic_ncols=True):
+    for batch in tqdm(loader, desc="Evaluating", unit="batch", leave=False, dynamic_ncols=True):
         tokens += count_targets(batch["attention_mask"])
         inputs = {name: values.to(precision.device, non_blocking=True) for name, values in batch.items()}
         with precision.autocast():

@@ -28,6 +28,11 @@ class StopSignals:
             signal.signal(each, signal.SIG_DFL)
 
     @property
+    def name(self) -> str:
+        """SIGINT, SIGTERM, or nothing."""
+        return self.received.name if self.received else ""
+
+    @property
     def exit_code(self) -> int:
         """130 after SIGINT, 143 after SIGTERM, by the shell's custom of 128 + number; 0 without a signal."""
         return 128 + self.received if self.received else 0

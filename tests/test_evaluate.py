@@ -22,7 +22,7 @@ def test_equals_a_sum_over_examples_in_float64(tiny_model, batch_size: int) -> N
     rows = encode(tokenizer, [text for text, _ in SENTENCES], TextFormat("{text}"))
     data = Dataset.from_dict({"input_ids": rows})
     loader = build_loader(data, length_sorted_batches(data, batch_size), tokenizer.eos_token_id, CPU)
-    result = evaluate(model, loader, Precision("no", CPU), "Evaluating")
+    result = evaluate(model, loader, Precision("no", CPU))
     assert model.training, "it is left as it was"
     total, tokens = 0.0, 0
     model.eval()
