@@ -139,27 +139,29 @@ def train(config: TrainConfig) -> int:
                 scaler.unscale_(optimizer)
                 grad_norm = clip_gradients(model.parameters(), config.max_grad_norm)
 
-                # Update, unless the gradient is not finite: then weights and optimizer must stay as they are. fp16's
-                # scaler sees to it itself and lowers its scale; otherwise the optimizer is told to skip, and the fault
-                # is reported below. The fused optimizer skips silently: only the fallen scale shows it.
-                scale = scaler.get_scale()  # in fp16 a CPU-GPU sync point
+                # Refuse a gradient that is not finite: weights and optimizer must stay as they are. fp16's scaler does
+                # so by itself and lowers its scale; otherwise the optimizer is told to skip, and the run ends below.
                 if not scaler.is_enabled():
                     faults += skip_if_not_finite(optimizer, grad_norm)
-                learning_rate = float(schedule.get_last_lr()[0])
+
+                # Update the weights, the loss scale and the learning rate. Optimizers skip silently: only the fallen
+                # scale tells, and a step that changed nothing must not use up the schedule.
+                scale, learning_rate = scaler.get_scale(), float(schedule.get_last_lr()[0])  # in fp16 a sync point
                 scaler.step(optimizer)
                 scaler.update()
                 skipped = scaler.get_scale() < scale
                 if not skipped:
-                    schedule.step()  # a step that changed nothing must not use up the schedule either
+                    schedule.step()
                 optimizer.zero_grad(set_to_none=True)
                 tracker.count_step(step_loss, step_tokens, step_samples, skipped)
 
-                # Log, evaluate, save, stop if asked to.
+                # Log, evaluate, save, stop if asked to. Reading a number from a GPU waits until it is computed (a sync
+                # point): a step that logs nothing reads none.
                 is_last = run.step >= total_steps
                 should_log = is_last or run.step % config.logging_steps == 0
                 should_evaluate = can_evaluate and (is_last or run.step % (config.eval_steps or steps_per_epoch) == 0)
                 should_save = config.save_steps > 0 and run.step % config.save_steps == 0
-                if (device.type == "cpu" or should_log or should_evaluate or should_save) and faults:  # a sync point
+                if (device.type == "cpu" or should_log or should_evaluate or should_save) and faults:
                     raise not_finite_error(run.step, step_loss, output_dir)
                 if should_log:
                     fp16 = {"loss_scale": scale, "skipped_steps": run.skipped_steps} if scaler.is_enabled() else {}

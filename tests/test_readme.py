@@ -1,0 +1,43 @@
+"""The README says what is so: its flags exist, its pointers point, its links lead somewhere."""
+
+import re
+
+from conftest import ROOT
+
+from emoft.config import GenerateConfig, TrainConfig
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_pointers_into_the_code_are_at_their_places() -> None:
+    pointers = re.findall(r"\[([^\]]+)\]\((train\.py)#L(\d+)\)", README)
+    assert len(pointers) >= 6
+    lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
+    for text, _, number in pointers:
+        assert lines[int(number) - 1].strip().startswith(f"# {text}"), (text, number)
+
+
+def test_every_flag_it_names_exists() -> None:
+    known = {*TrainConfig.__dataclass_fields__, *GenerateConfig.__dataclass_fields__, "config", "help", "version"}
+    known |= {f"no_{name}" for name in known}
+    others = {"logdir"}  # of tensorboard
+    named = set(re.findall(r"--([a-z_]+)", README))
+    assert named - known - others == set()
+
+
+def test_every_link_to_a_file_leads_to_one() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_default_of_the_tutorials_table_is_the_programs() -> None:
+    rows = re.findall(r"^\| [^|]+ \| `--(\w+)` \| (?:`([^`]+)`|([\w.-]+))", README, flags=re.MULTILINE)
+    assert len(rows) >= 10
+    for name, text, number in rows:
+        default = getattr(TrainConfig, name)
+        if isinstance(default, bool):
+            assert number == ("on" if default else "off"), name
+        elif isinstance(default, str):
+            assert (text or number) == default, name
+        else:
+            assert float(number) == default, name
