@@ -5,6 +5,7 @@ of emoft/. The loop itself is all here.
 """
 
 import dataclasses
+import logging
 import math
 import shlex
 import sys
@@ -221,7 +222,7 @@ def main() -> int:
     """Read the flags and train."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and saving, which take a moment
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told by our own
     return train(parse_config(TrainConfig))
 
 

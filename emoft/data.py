@@ -147,6 +147,7 @@ def _rows(
             yield dict(zip(columns, values + [""] * (len(columns) - len(values)), strict=True))
         return
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    number = 0
     try:
         for number, values in enumerate(reader):
             if (number == 0 and has_header) or not values:
@@ -159,6 +160,8 @@ def _rows(
             yield dict(zip(columns, values, strict=True))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num}: {error}, mend the line") from None
+    if number == 0 and has_header:
+        raise UserError(f"{path} holds no example, only the names of columns: it needs at least one")
 
 
 def _read_hub(config: TrainConfig) -> dict[str, Dataset]:

@@ -9,7 +9,7 @@ import huggingface_hub
 
 from emoft.errors import UserError, warn
 
-PROBE_SECONDS = 5
+PROBE_SECONDS = 4
 
 
 @functools.cache
@@ -20,7 +20,7 @@ def go_offline_if_unreachable() -> str:
         Why the Hub is out of reach, or an empty text.
     """
     if huggingface_hub.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
+        return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
     answer: list[str] = []
 
     def probe() -> None:
@@ -65,9 +65,10 @@ def not_found(name: str, what: str, flag: str, error: Exception) -> UserError:
     if reason:
         return UserError(
             f"--{flag} {name}: no such folder, not in the cache, and the Hub is out of reach ({reason});"
-            f" connect, or name a folder that holds the {what}, or try --config demo, which needs no network"
+            " go online, or name a local folder, or try --config demo, which needs no network"
         )
+    cause = str(error).strip().partition("\n")[0] or "no reason given"
     return UserError(
-        f"--{flag} {name}: neither a folder nor to be had from the Hub ({type(error).__name__}:"
-        f" {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}); check the spelling"
+        f"--{flag} {name}: no such folder, and no {what} to be had from the Hub ({type(error).__name__}: {cause});"
+        " check the spelling, or name another"
     )

@@ -120,13 +120,15 @@ def load_tokenizer(name: str, flag: str = "model_name_or_path") -> GPT2Tokenizer
     Raises:
         UserError: there is none, or it is an empty shell, which `from_pretrained` returns when it finds no files.
     """
-    hub.is_local(name, "tokenizer", flag)
+    is_local = hub.is_local(name, "tokenizer", flag)
     try:
         tokenizer = GPT2Tokenizer.from_pretrained(name)
+        if len(tokenizer) < 257:  # not even the 256 bytes: the library found no files and made an empty tokenizer
+            raise FileNotFoundError("no vocab.json and merges.txt, nor tokenizer.json")
     except Exception as error:  # the libraries raise dozens of types for what is one case to the user
+        if is_local:
+            raise UserError(f"--{flag} {name} holds no tokenizer ({error}): add the files, or name another") from None
         raise hub.not_found(name, "tokenizer", flag, error) from None
-    if len(tokenizer) < 257:
-        raise UserError(f"--{flag} {name} holds no tokenizer (vocab.json and merges.txt, or tokenizer.json): add them")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer

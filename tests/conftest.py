@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # see `environment`
+
 ROOT = Path(__file__).parents[1]
 SENTENCES = [
     ("i feel happy because my friends came to visit", "joy"),

@@ -5,6 +5,7 @@ less. Requests are lines of JSON on standard input: argv, cwd, env, stdin, stdou
 with the process id at once, and one with the exit code (negative: the signal) when the process has ended.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -27,6 +28,7 @@ def run(request: dict) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+gc.freeze()  # what is imported stays shared: a collection in a child would copy all of it, page by page
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
