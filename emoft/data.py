@@ -3,6 +3,7 @@
 import csv
 import functools
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -219,19 +220,31 @@ def _clean(rows: Dataset, where: str, config: TrainConfig, with_label: bool) -> 
 def _label_names(rows: Dataset) -> Dataset:
     """Turn the column "label" from ids of a ClassLabel, numbers or anything else into strings."""
     feature = rows.features["label"]
-    if not isinstance(feature, ClassLabel):
-        return rows.cast_column("label", Value("string"))
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    if feature == Value("string"):
+        return rows
 
-    def to_names(labels: list[int | None]) -> dict[str, list[str | None]]:
-        return {"label": [None if label is None or label < 0 else feature.names[label] for label in labels]}
+    def to_strings(labels: list[Any]) -> dict[str, list[str | None]]:
+        if names:
+            return {"label": [names[label] if label is not None and label >= 0 else None for label in labels]}
+        return {"label": [None if label is None else str(label) for label in labels]}
 
     return rows.map(
-        to_names,
+        to_strings,
         batched=True,
         input_columns="label",
         features=Features(rows.features | {"label": Value("string")}),
+        new_fingerprint=_fingerprint(rows._fingerprint, "labels as strings", repr(names)),
         desc="Naming labels",
     )
+
+
+def _fingerprint(*parts: str) -> str:
+    """Return the name under which `datasets` caches a result: a hash of all that it depends on.
+
+    Left alone, the library hashes the function, and that hash changes with any state the function refers to.
+    """
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) -> list[list[int]]:
@@ -249,21 +262,22 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) 
 def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, split: str) -> Dataset:
     """Return a memory-mapped data set of one column, "input_ids"; made once, then read from the cache."""
     columns = ["text", "label"] if text_format.has_label else ["text"]
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # of the last use, without effect on `encode`
+        vocabulary.pop(state)
 
     def encode_batch(*values: list[str]) -> dict[str, list[list[int]]]:
         return {
             "input_ids": encode(tokenizer, [text_format.fill(*row) for row in zip(*values, strict=True)], text_format)
         }
 
-    # A fingerprint of our own: that of the function would change at every use of the tokenizer, which keeps state.
-    parts = (rows._fingerprint, tokenizer.backend_tokenizer.to_str(), repr(text_format))
     return rows.map(
         encode_batch,
         batched=True,
         input_columns=columns,
         remove_columns=columns,
         features=Features({"input_ids": datasets.List(Value("int32"))}),
-        new_fingerprint=hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32],
+        new_fingerprint=_fingerprint(rows._fingerprint, json.dumps(vocabulary), repr(text_format)),
         desc=f"Tokenizing {split}",
     )
 

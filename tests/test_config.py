@@ -1,0 +1,84 @@
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from emoft.config import GenerateConfig, TrainConfig, parse_config, preset_names, save_config
+from emoft.errors import UserError
+
+
+def test_without_flags_it_is_the_tutorials_job() -> None:
+    config = parse_config(TrainConfig, [])
+    assert config == TrainConfig()
+    tutorial = {
+        "model_name_or_path": "gpt2", "dataset_name": "dair-ai/emotion", "template": "Emotion: {text}",
+        "max_length": 64, "num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-5,
+        "weight_decay": 0, "lr_scheduler_type": "linear", "max_grad_norm": 1, "seed": 42, "save_total_limit": 2,
+        "save_steps": 10_000, "append_eos": True,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in tutorial} == tutorial
+
+
+def test_underscores_and_dashes_are_the_same() -> None:
+    assert parse_config(TrainConfig, ["--max-length", "9"]) == parse_config(TrainConfig, ["--max_length=9"])
+    assert not parse_config(TrainConfig, ["--no-append-eos"]).append_eos
+    assert not parse_config(TrainConfig, ["--append_eos", "false"]).append_eos
+
+
+def test_a_prompt_may_repeat() -> None:
+    assert parse_config(GenerateConfig, ["--prompt", "a", "--prompt", "b c"]).prompt == ["a", "b c"]
+    assert parse_config(GenerateConfig, []).prompt == []
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, GenerateConfig])
+def test_every_flag_has_a_sentence(config_class: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(config_class, ["--help"])
+    assert exit_.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in fields(config_class):
+        assert f"--{field.name}" in shown
+        assert field.metadata["help"][:20] in shown
+
+
+class TestYaml:
+    def test_flags_win_over_the_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text("learning_rate: 1e-3\nmax_length: 9\nappend_eos: false\ntest_file: null\n")
+        config = parse_config(TrainConfig, ["--config", str(path), "--max_length", "10"])
+        assert (config.learning_rate, config.max_length, config.append_eos) == (1e-3, 10, False)
+        # Also where the flag repeats the default.
+        assert parse_config(TrainConfig, ["--config", str(path), "--max_length", "64"]).max_length == 64
+
+    def test_files_are_looked_for_beside_it(self, tmp_path: Path) -> None:
+        (tmp_path / "run.yaml").write_text("train_file: a/b.csv\n")
+        config = parse_config(TrainConfig, ["--config", str(tmp_path / "run.yaml")])
+        assert config.train_file == str(tmp_path / "a" / "b.csv")
+
+    def test_what_a_run_saves_is_taken_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        words = [
+            "--train_file=x.csv",
+            "--column_names",
+            "a",
+            "b",
+            "--template={label}: {text} # ភាសា",
+            "--max_steps=-1",
+        ]
+        config = parse_config(TrainConfig, words)
+        (tmp_path / "out").mkdir()
+        save_config(config, tmp_path / "out" / "train_config.yaml")
+        monkeypatch.chdir("/")
+        again = parse_config(TrainConfig, ["--config", str(tmp_path / "out" / "train_config.yaml")])
+        assert asdict(again) == {**asdict(config), "train_file": str(tmp_path / "x.csv")}
+
+    @pytest.mark.parametrize("name", preset_names())
+    def test_presets_are_complete(self, name: str) -> None:
+        config = parse_config(TrainConfig, ["--config", name])
+        for path in (config.train_file, config.validation_file):
+            assert not path or Path(path).is_file()
+
+    def test_an_error_names_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "run.yaml").write_text("max_lenght: 3\n")
+        with pytest.raises(UserError, match=r"run\.yaml: unknown flag --max_lenght, did you mean --max_length"):
+            parse_config(TrainConfig, ["--config", str(tmp_path / "run.yaml")])

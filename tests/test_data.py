@@ -1,0 +1,169 @@
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Result
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import GPT2Tokenizer
+
+from emoft.config import TrainConfig
+from emoft.data import collate, encode, epoch_batches, length_sorted_batches, read_splits, tokenize
+from emoft.template import TextFormat
+
+# What other readers take for a missing value, a number, two columns or two lines.
+TEXTS = ["i feel fine", "NA", "null", "1984", "so; so", 'she said "no", and left', "ខ្ញុំសប្បាយចិត្ត", "  spaced  ", "a\tb"]
+LABELS = ["joy", "anger", "fear", "joy", "love", "anger", "joy", "1", "love"]
+ROWS = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(folder: Path, ending: str) -> tuple[Path, dict[str, str]]:
+    """Write ROWS in a format; returns the file and the flags it needs."""
+    path = folder / f"rows{ending}"
+    if ending in (".csv", ".tsv"):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["text", "label"], delimiter="\t" if ending == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif ending == ".json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif ending == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif ending == ".parquet":
+        Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        path.write_text("".join(f"{row['text']};{row['label']}\r\n" for row in ROWS), encoding="utf-8-sig", newline="")
+        return path, {"delimiter": ";"}
+    return path, {}
+
+
+def config(path: Path, **settings: object) -> TrainConfig:
+    return TrainConfig(train_file=str(path), template="{label}: {text}", **settings)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
+    path, flags = write(tmp_path, ending)
+    splits, text_format = read_splits(config(path, **flags))
+    assert list(splits["train"]) == ROWS
+    assert text_format.labels == sorted(set(LABELS))
+    assert splits["train"].cache_files, "memory-mapped, not held in memory"
+
+
+def test_text_lines_without_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one; two\nthree\u2028four\n", encoding="utf-8")
+    splits, _ = read_splits(TrainConfig(train_file=str(tmp_path / "a.txt")))
+    assert splits["train"]["text"] == ["one; two", "three\u2028four"]
+
+
+def test_columns_without_a_header(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("joy|fine\nfear|bad\n")
+    settings = {"column_names": ["mood", "message"], "delimiter": "|", "text_column": "message", "label_column": "mood"}
+    splits, _ = read_splits(config(tmp_path / "a.csv", **settings))
+    assert list(splits["train"]) == [{"text": "fine", "label": "joy"}, {"text": "bad", "label": "fear"}]
+
+
+def test_class_labels_keep_their_names_and_order(tmp_path: Path) -> None:
+    names = ["sadness", "joy", "love"]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = {"text": ["a", "b", "c"], "label": [1, -1, 0]}  # -1: the Hub's mark for a row without a label
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    splits, text_format = read_splits(config(tmp_path / "a.parquet"))
+    assert list(splits["train"]) == [{"text": "a", "label": "joy"}, {"text": "c", "label": "sadness"}]
+    assert text_format.labels == names
+
+
+def test_numbers_as_labels(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 3}\n{"text": "b", "label": 1}\n')
+    splits, text_format = read_splits(config(tmp_path / "a.jsonl"))
+    assert splits["train"]["label"] == ["3", "1"]
+    assert text_format.labels == ["1", "3"]
+
+
+def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for text in ("one", "two"):
+        path.write_text(f"text\n{text}\n")
+        splits, _ = read_splits(TrainConfig(train_file=str(path)))
+        assert splits["train"]["text"] == [text]
+
+
+def test_the_first_so_many_samples(tmp_path: Path) -> None:
+    path, _ = write(tmp_path, ".csv")
+    splits, _ = read_splits(config(path, validation_file=str(path), max_train_samples=2, max_eval_samples=100))
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2, "validation": len(ROWS)}
+
+
+class TestTokens:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tokenizer(cls, tiny_model: Path) -> GPT2Tokenizer:
+        return GPT2Tokenizer.from_pretrained(tiny_model)
+
+    def test_one_end_of_text_then_cut(self, tokenizer: GPT2Tokenizer) -> None:
+        eos = tokenizer.eos_token_id
+        short, long = encode(tokenizer, ["i feel", "i feel sad " * 20], TextFormat("{text}", max_length=16))
+        assert short[-1] == eos and short.count(eos) == 1
+        assert len(long) == 16 and eos not in long  # a text that was cut is not taught to end there
+        assert encode(tokenizer, ["i feel"], TextFormat("{text}", append_eos=False)) == [short[:-1]]
+
+    def test_an_end_of_text_written_in_a_text_is_text(self, tokenizer: GPT2Tokenizer) -> None:
+        (row,) = encode(tokenizer, ["a <|endoftext|> b"], TextFormat("{text}"))
+        assert row.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(row[:-1]) == "a <|endoftext|> b"
+
+    def test_are_cached_and_memory_mapped(self, tokenizer: GPT2Tokenizer, tmp_path: Path) -> None:
+        path, _ = write(tmp_path, ".csv")
+        files = []
+        for max_length in (64, 64, 8):
+            settings = config(path, max_length=max_length)
+            splits, text_format = read_splits(settings)
+            rows = tokenize(splits["train"], tokenizer, text_format, "train")
+            tokenizer(["another use changes the tokenizer's state"], padding=True, truncation=True, max_length=4)
+            (file,) = {entry["filename"] for entry in rows.cache_files}
+            files.append((file, os.stat(file).st_mtime_ns))
+            assert max(map(len, rows["input_ids"])) <= max_length
+        assert files[0] == files[1] != files[2]
+
+
+class TestOrder:
+    def test_is_a_function_of_seed_and_epoch(self) -> None:
+        torch.manual_seed(1)
+        first = epoch_batches(103, 4, seed=7, epoch=2)
+        torch.manual_seed(2)
+        assert epoch_batches(103, 4, seed=7, epoch=2) == first
+        assert epoch_batches(103, 4, seed=7, epoch=3) != first
+        assert epoch_batches(103, 4, seed=8, epoch=2) != first
+
+    def test_holds_each_example_once_and_does_not_depend_on_the_batch_size(self) -> None:
+        flat = [[i for batch in epoch_batches(103, size, 7, 0) for i in batch] for size in (1, 4, 200)]
+        assert flat[0] == flat[1] == flat[2]
+        assert sorted(flat[0]) == list(range(103))
+        assert [len(batch) for batch in epoch_batches(10, 4, 7, 0)] == [4, 4, 2]
+
+    def test_of_an_evaluation_is_by_length(self) -> None:
+        rows = Dataset.from_dict({"input_ids": [[1] * length for length in (3, 9, 1, 5, 9)]})
+        assert length_sorted_batches(rows, 2) == [[1, 4], [3, 0], [2]]
+
+
+def test_collate_pads_on_the_right() -> None:
+    batch = collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], pad_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_a_second_run_does_not_tokenize_again(run: Callable[..., Result], tiny_model, train_file, tmp_path) -> None:
+    words = ["--model_name_or_path", tiny_model, "--train_file", train_file, "--max_steps", 1, "--delimiter", ";"]
+    home = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    for output_dir, bar in (("one", True), ("two", False)):
+        result = run("train.py", *words, "--template", "{text} " + str(tmp_path), "--output_dir", output_dir, **home)
+        assert result.code == 0, result.err
+        assert ("Tokenizing train" in result.err) == bar
