@@ -170,7 +170,8 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     parser = _Parser(config_class, allow_abbrev=False)  # type: ignore[arg-type]
     if config_class is TrainConfig:
         parser.add_argument("--config", help=f"a preset ({', '.join(preset_names())}) or a YAML file of flags")
-    words = list(sys.argv[1:] if argv is None else argv)
+    # Python hides bytes that its locale cannot read in surrogates, which no tokenizer takes.
+    words = [os.fsencode(word).decode("utf-8", errors="replace") for word in (sys.argv[1:] if argv is None else argv)]
     values = argparse.Namespace()
     yaml_file = getattr(parser.parse_args(words), "config", None)
     if yaml_file:

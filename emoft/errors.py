@@ -1,5 +1,6 @@
 """What the user can mend: one line on standard error and exit code 2, never a traceback."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +23,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     Exit codes: what `main` returns; 2 after a `UserError`; 130 after Ctrl-C; 141 when the reader of our output went
     away (as in `generate.py ... | head`). Any other exception is a fault of ours and keeps its traceback (code 1).
     """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Texts are UTF-8 in any locale; what is none must not end a run that only wants to print it.
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         code = main()
         sys.stdout.flush()

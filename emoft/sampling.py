@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Tokenizer
+from transformers import (
+    GenerationConfig,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from emoft.errors import UserError
@@ -58,6 +65,7 @@ def generate_batch(
     prompts: Sequence[str],
     max_length: int = 100,
     max_new_tokens: int = 0,
+    no_repeat_ngram_size: int = 0,
     streamer: BaseStreamer | None = None,
     **options: Any,
 ) -> list[list[Generated]]:
@@ -69,6 +77,7 @@ def generate_batch(
         prompts: texts to continue, all past `check_prompts`.
         max_length: longest result in tokens, prompt included; counted for each prompt by itself.
         max_new_tokens: if not 0, most tokens after the prompt instead.
+        no_repeat_ngram_size: if not 0, no sequence of so many tokens occurs twice in a result, its prompt included.
         streamer: receives the tokens as they come, of a single prompt.
         options: of `GenerationConfig`, such as `do_sample` or `num_return_sequences`.
 
@@ -81,9 +90,16 @@ def generate_batch(
     input_ids = torch.tensor([[eos] * (width - len(row)) + row for row in rows], device=model.device)
     attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     room = [max_new_tokens or max_length - len(row) for row in rows]
+    rules = LogitsProcessorList()
+    if no_repeat_ngram_size:
+        rules.append(NoRepeatNGram(no_repeat_ngram_size, [width - len(row) for row in rows]))
     config = GenerationConfig(max_new_tokens=max(room), eos_token_id=eos, pad_token_id=eos, bos_token_id=eos, **options)
     output: Any = model.generate(  # type: ignore[misc]  # a fault of the library's types
-        input_ids, attention_mask=attention_mask, generation_config=config, streamer=streamer
+        input_ids,
+        attention_mask=attention_mask,
+        generation_config=config,
+        streamer=streamer,
+        logits_processor=rules,
     )
     results: list[list[Generated]] = [[] for _ in prompts]
     repeats = len(output) // len(prompts)
@@ -95,6 +111,27 @@ def generate_batch(
         text = decode(tokenizer, rows[number] + new)
         results[number].append(Generated(prompts[number], text, len(new), finished))
     return results
+
+
+class NoRepeatNGram(LogitsProcessor):
+    """`NoRepeatNGramLogitsProcessor` that does not take padding for text.
+
+    The library's own counts end-of-text, which fills the rows up, as a token of the prompt: a prompt would be continued
+    differently beside a longer one than alone.
+    """
+
+    def __init__(self, size: int, padding: list[int]) -> None:
+        self.rule = NoRepeatNGramLogitsProcessor(size)
+        self.padding = padding  # tokens in front of each prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores (B, V) with minus infinity for each token that would repeat a sequence."""
+        repeats = len(input_ids) // len(self.padding)
+        rows = [
+            self.rule(ids[self.padding[number // repeats] :][None], row[None])
+            for number, (ids, row) in enumerate(zip(input_ids, scores, strict=True))
+        ]
+        return torch.cat(rows)
 
 
 def sample_texts(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text_format: TextFormat, seed: int) -> list[str]:

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Tokenizer, HfArg
 def run(request: dict) -> None:
     for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
         os.dup2(os.open(request[name], flags), number)
+    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115  # the old one holds what was read of other requests
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     sys.argv = request["argv"]

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
+
+from emoft.errors import UserError
+from emoft.sampling import TerminalStreamer, check_prompts, encode_prompt, generate_batch, sample_texts
+from emoft.template import TextFormat
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model: Path) -> tuple[GPT2LMHeadModel, GPT2Tokenizer]:
+    tokenizer = GPT2Tokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    return GPT2LMHeadModel.from_pretrained(tiny_model).eval(), tokenizer
+
+
+def test_an_empty_prompt_starts_from_end_of_text(parts: tuple) -> None:
+    assert encode_prompt(parts[1], "") == [parts[1].eos_token_id]
+
+
+def test_each_prompt_has_its_own_limit(parts: tuple) -> None:
+    prompts = ["i", "i feel happy because my friends"]
+    lengths = [len(encode_prompt(parts[1], prompt)) for prompt in prompts]
+    results = generate_batch(*parts, prompts, max_length=30)
+    assert [len(parts[1](result[0].text)["input_ids"]) <= 30 for result in results] == [True, True]
+    assert [result[0].new_tokens for result in results] == [30 - length for length in lengths]
+    results = generate_batch(*parts, prompts, max_new_tokens=4)
+    assert [result[0].new_tokens for result in results] == [4, 4]
+
+
+def test_finished_means_that_the_model_ended_the_text(parts: tuple) -> None:
+    model, tokenizer = parts
+    eager = GPT2LMHeadModel(model.config).eval()
+    with torch.no_grad():  # whatever it reads, it ends: all logits but that of end-of-text are zero
+        for parameter in eager.parameters():
+            parameter.zero_()
+        eager.transformer.ln_f.bias.fill_(1)
+        eager.transformer.wte.weight[tokenizer.eos_token_id] = 1
+    ((result,),) = generate_batch(eager, tokenizer, ["i feel"])
+    assert (result.text, result.new_tokens, result.finished) == ("i feel", 0, True)
+    ((result,),) = generate_batch(model, tokenizer, ["i feel"], max_new_tokens=1)
+    assert (result.new_tokens, result.finished) == (1, False)
+
+
+def test_a_prompt_without_room_is_named_by_its_number(parts: tuple) -> None:
+    check_prompts(*parts, ["i", "we"], max_length=20)
+    with pytest.raises(UserError, match="prompt 2 has"):
+        check_prompts(*parts, ["i", "we " * 40], max_length=20)
+    with pytest.raises(UserError, match="128 positions"):
+        check_prompts(*parts, ["i"], max_length=20, max_new_tokens=128)
+
+
+def test_a_training_is_left_as_it_was(parts: tuple) -> None:
+    model, tokenizer = parts
+    model.train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    text_format = TextFormat("{label}: {text}", max_length=20, labels=["joy", "fear"])
+    texts = sample_texts(model, tokenizer, text_format, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert [text.split(":")[0] for text in texts] == ["joy", "fear"]
+    assert texts == sample_texts(model, tokenizer, text_format, seed=1)
+    assert texts != sample_texts(model, tokenizer, text_format, seed=2)
+    model.eval()
+
+
+def test_a_stream_shows_each_character_when_its_last_byte_is_there(
+    parts: tuple, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = parts[1]
+    streamer = TerminalStreamer(tokenizer)
+    streamer.put(torch.tensor([tokenizer("the prompt")["input_ids"]]))
+    shown = []
+    ids = tokenizer("aខ")["input_ids"]
+    assert len(ids) == 4, "the character was meant to take three tokens"
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a", "", "", "ខ"]
+    streamer.put(torch.tensor([ids[1]]))
+    streamer.end()
+    assert capsys.readouterr().out == "\n"
