@@ -56,7 +56,9 @@ class TrainConfig:
 
     # Data
     dataset_name: str = option("dair-ai/emotion", "a data set on the Hub or in a folder; train_file goes before it")
-    dataset_config_name: str = option("split", "the configuration of dataset_name (empty: its only one)")
+    dataset_config_name: str = option(
+        "", "the configuration of dataset_name (empty: its only one; split of dair-ai/emotion)"
+    )
     train_file: str = option("", "a .csv, .tsv, .json, .jsonl, .parquet or .txt file to train on")
     validation_file: str = option("", "a file to evaluate on")
     test_file: str = option("", "a file to evaluate the final model on, once")

@@ -169,12 +169,20 @@ def _read_hub(config: TrainConfig) -> dict[str, Dataset]:
     name = config.dataset_name
     if not name:
         raise UserError("no data: give --train_file or --dataset_name, or try --config demo")
-    hub.is_local(name, "data set", "dataset_name")
+    is_local = hub.is_local(name, "data set", "dataset_name")
+    # The default of the default data set only: another has configurations of its own, or a single one.
+    config_name = config.dataset_config_name or ("split" if name == TrainConfig.dataset_name else None)
     try:
-        found = datasets.load_dataset(name, config.dataset_config_name or None)
+        found = datasets.load_dataset(name, config_name)
     except Exception as error:  # the libraries raise dozens of types for what is one case to the user
         if isinstance(error, ValueError) and "onfig" in str(error):
-            raise UserError(f"--dataset_config_name {config.dataset_config_name} of {name}: {error}") from None
+            raise UserError(
+                f"--dataset_config_name {config_name or '(none)'} of {name}: {error}; choose another"
+            ) from None
+        if is_local:
+            raise UserError(
+                f"--dataset_name {name} cannot be read ({error}): put data files such as train.csv into it"
+            ) from None
         raise hub.not_found(name, "data set", "dataset_name", error) from None
     if "train" not in found:
         raise UserError(f"--dataset_name {name} has no split train, only {', '.join(found)}: choose another")

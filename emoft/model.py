@@ -120,7 +120,8 @@ def load_tokenizer(name: str, flag: str = "model_name_or_path") -> GPT2Tokenizer
     Raises:
         UserError: there is none, or it is an empty shell, which `from_pretrained` returns when it finds no files.
     """
-    is_local = hub.is_local(name, "tokenizer", flag)
+    what = "tokenizer" if flag == "tokenizer_name" else "model with a tokenizer"
+    is_local = hub.is_local(name, what, flag)
     try:
         tokenizer = GPT2Tokenizer.from_pretrained(name)
         if len(tokenizer) < 257:  # not even the 256 bytes: the library found no files and made an empty tokenizer
@@ -128,7 +129,7 @@ def load_tokenizer(name: str, flag: str = "model_name_or_path") -> GPT2Tokenizer
     except Exception as error:  # the libraries raise dozens of types for what is one case to the user
         if is_local:
             raise UserError(f"--{flag} {name} holds no tokenizer ({error}): add the files, or name another") from None
-        raise hub.not_found(name, "tokenizer", flag, error) from None
+        raise hub.not_found(name, what, flag, error) from None
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer

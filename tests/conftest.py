@@ -37,7 +37,9 @@ class Result:
         """The lines of standard error that are no progress bar."""
         lines = self.err.replace("\r", "\n").splitlines()
         return [
-            line for line in lines if line.strip() and "it/s]" not in line and "%|" not in line and "[00:" not in line
+            line
+            for line in (line.replace("\x1b[A", "") for line in lines)
+            if line.strip() and "it/s]" not in line and "%|" not in line and "[00:" not in line
         ]
 
 

@@ -1,0 +1,162 @@
+"""A small Hugging Face Hub on loopback: serves a folder of repositories by the part of the Hub's HTTP API that
+transformers, datasets and huggingface_hub ask for when they download a model, a tokenizer or a data set.
+
+The folder holds `models/OWNER/NAME/...` and `datasets/OWNER/NAME/...`. As on the Hub, an old model such as `gpt2` goes
+by its name alone and is redirected to its owner's repository, and large files are redirected to another host.
+HF_ENDPOINT points the libraries at `HubServer.url`; they read it when they are imported.
+"""
+
+import hashlib
+import json
+import re
+import socket
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
+
+FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repository>.+?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+API = re.compile(
+    r"/api/(?P<kind>models|datasets)/(?P<repository>[^/]+(/[^/]+)??)"
+    r"(/(?P<call>revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
+)
+LARGE = (".safetensors", ".parquet")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def object_id(content: bytes) -> str:
+    """The name that git gives a file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: "HubServer"
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:  # noqa: N802
+        self.answer()
+
+    def do_GET(self) -> None:  # noqa: N802
+        self.answer()
+
+    def do_POST(self) -> None:  # noqa: N802
+        self.answer()
+
+    def log_message(self, *args: object) -> None:
+        self.server.requests.append(f"{self.command} {self.path}")
+
+    def answer(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        path = unquote(urlsplit(self.path).path)
+        match = FILE.fullmatch(path) or API.fullmatch(path)
+        if self.server.is_down:
+            self.send(503)
+        elif path == "/":
+            self.send(200, b"a Hub")
+        elif not match:
+            self.send(404)
+        else:
+            self.answer_about(match)
+
+    def answer_about(self, match: re.Match[str]) -> None:
+        """Answer a request about a repository or a file in it."""
+        name = match["repository"]
+        repositories = self.server.folder / ("datasets" if match["kind"] else "models")
+        if match.re is API:
+            repositories = self.server.folder / match["kind"]
+        if "/" not in name:
+            for owned in repositories.glob(f"*/{name}"):
+                location = self.path.replace(name, f"{owned.parent.name}/{name}", 1)
+                return self.send(307, Location=location)
+        if "/" not in name or not (repositories / name).is_dir():
+            return self.send(401, error="RepoNotFound")
+
+        root = repositories / name
+        files = {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+        commit = hashlib.sha1("".join(sorted(f"{path} {object_id(files[path])}\n" for path in files)).encode())
+        self.commit = commit.hexdigest()
+        if match["revision"] not in (None, "main", self.commit):
+            return self.send(404, error="RevisionNotFound")
+        if match.re is FILE:
+            return self.send_file(match["path"], files)
+        if match["call"] in ("tree", "paths-info"):
+            return self.send_entries(match, files)
+        siblings = [{"rfilename": path} for path in files]
+        return self.send_json({"id": name, "sha": self.commit, "private": False, "tags": [], "siblings": siblings})
+
+    def send_file(self, path: str, files: dict[str, bytes]) -> None:
+        if path not in files:
+            return self.send(404, error="EntryNotFound", X_Repo_Commit=self.commit)
+        content, etag = files[path], f'"{object_id(files[path])}"'
+        if path.endswith(LARGE) and not self.headers["Host"].startswith("localhost"):
+            # "localhost" is another host to the client: it takes what it knows of the file from this answer.
+            return self.send(
+                302,
+                Location=f"http://localhost:{self.server.server_port}{self.path}",
+                X_Repo_Commit=self.commit,
+                X_Linked_Size=str(len(content)),
+                X_Linked_ETag=etag,
+            )
+        return self.send(200, content, X_Repo_Commit=self.commit, ETag=etag)
+
+    def send_entries(self, match: re.Match[str], files: dict[str, bytes]) -> None:
+        """Send the files and folders in a folder, or those with the paths that the body of the request lists."""
+        folders = {parent for path in files for parent in PurePosixPath(path).parents}
+        entries = [
+            {"type": "file", "path": path, "size": len(content), "oid": object_id(content)}
+            for path, content in files.items()
+        ] + [{"type": "directory", "path": str(path), "size": 0, "oid": object_id(bytes(path))} for path in folders]
+        if match["call"] == "paths-info":
+            wanted = parse_qs(self.body)["paths"]
+            return self.send_json([entry for entry in entries if entry["path"] in wanted])
+        folder = PurePosixPath(match["path"] or ".")
+        if folder not in folders:
+            return self.send(404, error="EntryNotFound")
+        recursive = "recursive=true" in self.path.lower()
+
+        def is_in_folder(entry: dict[str, object]) -> bool:
+            parents = list(PurePosixPath(str(entry["path"])).parents)
+            return folder in parents if recursive else [folder] == parents[:1]
+
+        return self.send_json([entry for entry in entries if is_in_folder(entry)])
+
+    def send_json(self, value: object) -> None:
+        self.send(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    def send(self, status: int, content: bytes = b"", error: str = "", **headers: str) -> None:
+        first, last = 0, len(content) - 1
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(part[1]), min(last, int(part[2] or last))
+            status, headers["Content_Range"] = 206, f"bytes {first}-{last}/{len(content)}"
+        self.send_response(status)
+        if error:
+            headers["X_Error_Code"] = error
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        if self.command != "HEAD":
+            with suppress(ConnectionError):
+                self.wfile.write(content[first : last + 1])
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves `folder` until its `with` block ends; `requests` lists what it was asked.
+
+    A server that `is_down` answers everything with status 503.
+    """
+
+    def __init__(self, folder: Path, port: int, is_down: bool = False) -> None:
+        self.folder, self.is_down = folder, is_down
+        self.requests: list[str] = []
+        super().__init__(("127.0.0.1", port), Handler)
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()  # from now on connections are refused
