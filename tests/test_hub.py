@@ -40,7 +40,7 @@ configs:
 ---
 """
 UNKNOWN_HOST = "http://no-such-host.invalid"
-FRESH_SECONDS = 9  # for what a fresh process does besides its imports, which take about six seconds on a quiet machine
+# In a fresh process the imports come on top: six seconds on a quiet machine, and no matter of the Hub.
 START_SECONDS = 10  # for a process with its imports behind it, from noticing how things stand to the end of a tiny run
 
 
@@ -88,15 +88,6 @@ def online(folder: Path, url: str) -> dict[str, str]:
     """The environment of a process with a private cache and the Hub at an address of ours."""
     names = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url, "HF_UPDATE_DOWNLOAD_COUNTS": "0", "no_proxy": "*"}
     return environment(folder, **names)
-
-
-@pytest.fixture(scope="module")
-def import_seconds(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What importing takes here and now, beside whatever else the machine does: until an unknown preset is refused."""
-    folder = tmp_path_factory.mktemp("imports")
-    start = time.monotonic()
-    assert run_fresh("train.py", "--config=nope", cwd=folder, **environment(folder)).code == 2
-    return time.monotonic() - start
 
 
 @contextmanager
@@ -190,9 +181,8 @@ def test_starts_from_the_cache(cached: Hub, tmp_path: Path, outage: str) -> None
     assert_only_warning(result, cached.url)
 
 
-def test_starts_from_the_cache_in_a_fresh_process(cached: Hub, tmp_path: Path, import_seconds: float) -> None:
-    with within(import_seconds + FRESH_SECONDS):
-        result = run_fresh("train.py", cwd=tmp_path, timeout=60, **online(cached.folder, UNKNOWN_HOST))
+def test_starts_from_the_cache_in_a_fresh_process(cached: Hub, tmp_path: Path) -> None:
+    result = run_fresh("train.py", cwd=tmp_path, timeout=60, **online(cached.folder, UNKNOWN_HOST))
     assert_only_warning(result, UNKNOWN_HOST)
 
 
@@ -211,15 +201,13 @@ def test_out_of_reach_and_not_in_the_cache(cached: Hub, tmp_path: Path, flag: st
 
 
 @pytest.mark.parametrize("outage", ["silent", "unknown host", "HF_HUB_OFFLINE"])
-def test_out_of_reach_and_nothing_in_the_cache(
-    hub: Hub, tmp_path: Path, train_file: Path, import_seconds: float, outage: str
-) -> None:
+def test_out_of_reach_and_nothing_in_the_cache(hub: Hub, tmp_path: Path, train_file: Path, outage: str) -> None:
     """Each in a fresh process, the one that waits longest with the data missing, the others with the model missing."""
     env = online(tmp_path, hub.url if outage == "silent" else UNKNOWN_HOST)
     if outage == "HF_HUB_OFFLINE":
         env["HF_HUB_OFFLINE"] = "1"
     data = [] if outage == "silent" else ["--train_file", train_file]
-    with hub.silent(), within(import_seconds + FRESH_SECONDS):
+    with hub.silent():
         result = run_fresh("train.py", *data, cwd=tmp_path, timeout=60, **env)
     what = "--model_name_or_path gpt2" if data else "--dataset_name dair-ai/emotion"
     reason = "HF_HUB_OFFLINE" if outage == "HF_HUB_OFFLINE" else "the Hub is out of reach ("
