@@ -3,9 +3,8 @@
 import argparse
 import difflib
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
@@ -30,13 +29,6 @@ class Check:
 Count = Annotated[int, Check(lambda value: value >= 1, "must be at least 1")]
 CountOrOff = Annotated[int, Check(lambda value: value >= 0, "must be 0 (off) or more")]
 Positive = Annotated[float, Check(lambda value: 0 < value < float("inf"), "must be above 0")]
-Steps = Annotated[
-    float,
-    Check(
-        lambda value: 0 <= value < 1 or (value < float("inf") and value == int(value) > 0),
-        "must be a whole number of steps, or a share of them below 1",
-    ),
-]
 NotNegative = Annotated[float, Check(lambda value: 0 <= value < float("inf"), "must be 0 or more")]
 Share = Annotated[float, Check(lambda value: 0 <= value < 1, "must be at least 0 and below 1")]
 Seed = Annotated[int, Check(lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32")]
@@ -71,7 +63,7 @@ class TrainConfig:
     validation_file: str = option("", "a file to evaluate on")
     test_file: str = option("", "a file to evaluate the final model on, once")
     delimiter: str = option(
-        "", "separates the columns of .csv (default ,) and .txt (there: text;label, the last counts); \\t is a tab"
+        "", "separates the columns of .csv (default ,) and .txt (there: text;label, the last counts)"
     )
     column_names: list[str] = field(
         default_factory=list, metadata={"help": "names of the columns of a .csv or .tsv file without a header line"}
@@ -86,9 +78,7 @@ class TrainConfig:
 
     # Steps
     num_train_epochs: Positive = option(3.0, "passes over the train split")
-    max_steps: Annotated[int, Check(lambda value: value >= 1 or value == -1, "must be at least 1, or -1")] = option(
-        -1, "optimizer steps, instead of num_train_epochs (-1: by epochs)"
-    )
+    max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs (-1: by epochs)")
     per_device_train_batch_size: Count = option(4, "examples in a micro-batch")
     per_device_eval_batch_size: Count = option(16, "examples in a batch of an evaluation")
     gradient_accumulation_steps: Count = option(1, "micro-batches in an optimizer step")
@@ -96,7 +86,7 @@ class TrainConfig:
     # Optimization
     learning_rate: Positive = option(5e-5, "highest learning rate of AdamW")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option("linear", "how it decays after the warmup")
-    warmup_steps: Steps = option(0.0, "steps in which it rises from 0; below 1: that share of all steps")
+    warmup_steps: NotNegative = option(0.0, "steps in which it rises from 0; below 1: that share of all steps")
     weight_decay: NotNegative = option(0.0, "AdamW's weight decay, of matrices only")
     adam_beta1: Share = option(0.9, "AdamW's decay of the mean of gradients")
     adam_beta2: Share = option(0.999, "AdamW's decay of the mean of squared gradients")
@@ -111,9 +101,7 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "keep fewer activations and compute them again: less memory, slower")
 
     # Output
-    output_dir: Annotated[str, Check(lambda value: bool(value), "is no folder: name one")] = option(
-        "gpt2-emotion-finetuned", "folder of the model, checkpoints and logs"
-    )
+    output_dir: str = option("gpt2-emotion-finetuned", "folder of the model, checkpoints and logs")
     overwrite_output_dir: bool = option(False, "delete the run that output_dir holds and start anew")
     logging_steps: Count = option(50, "optimizer steps between two log entries")
     eval_steps: CountOrOff = option(0, "optimizer steps between two evaluations (0: at the end of each epoch)")
@@ -144,9 +132,7 @@ class GenerateConfig:
     max_new_tokens: CountOrOff = option(0, "most tokens after the prompt, instead of max_length (0: by max_length)")
     no_repeat_ngram_size: CountOrOff = option(2, "let no sequence of so many tokens occur twice (0: off)")
     do_sample: bool = option(False, "draw each token at random instead of taking the likeliest")
-    temperature: Annotated[
-        float, Check(lambda value: 1e-6 <= value < float("inf"), "must be above 0, at least 1e-6")
-    ] = option(1.0, "with do_sample: below 1 safer, above 1 wilder")
+    temperature: Positive = option(1.0, "with do_sample: below 1 safer, above 1 wilder")
     top_k: CountOrOff = option(50, "with do_sample: draw from the so many likeliest tokens (0: all)")
     top_p: Annotated[float, Check(lambda value: 0 < value <= 1, "must be above 0 and at most 1")] = option(
         1.0, "with do_sample: draw from the likeliest tokens that hold this probability together"
@@ -165,15 +151,11 @@ class _Parser(HfArgumentParser):
     """Ends with one line instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        _, unknown, rest = message.partition("unrecognized arguments: ")
-        if rest.startswith("-"):
+        unknown, _, rest = message.partition("unrecognized arguments: ")
+        if not unknown and rest.startswith("--"):
             flag = rest.split()[0].split("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             message = f"unknown flag {flag}" + (f", did you mean {near[0]}?" if near else ", see --help")
-        elif unknown:
-            message = f"{rest!r} belongs to no flag: put a value that holds blanks between quotes"
-        else:
-            message = re.sub(r"argument (--\w+)\S*:", r"\1:", message) + ", see --help"
         raise UserError(message)
 
 
@@ -193,34 +175,31 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     # Python hides bytes that its locale cannot read in surrogates, which no tokenizer takes.
     words = [os.fsencode(word).decode("utf-8", errors="replace") for word in (sys.argv[1:] if argv is None else argv)]
     values = argparse.Namespace()
-    yaml_name = getattr(parser.parse_args(words), "config", None)
-    if yaml_name is not None:
-        for where, name, setting in _yaml_settings(_yaml_path(yaml_name)):
-            try:
-                if name not in config_class.__dataclass_fields__:
-                    parser.error(f"unrecognized arguments: --{name}")
-                values = parser.parse_args(setting, values)
-                check_value(config_class, name, getattr(values, name))
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
+    yaml_file = getattr(parser.parse_args(words), "config", None)
+    if yaml_file:
+        path = _yaml_path(yaml_file)
+        try:
+            values = parser.parse_args(_yaml_words(path), values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     # argparse leaves alone what the namespace holds already, so that flags win over the file.
     values = parser.parse_args(words, values)
     config = config_class(**{each.name: getattr(values, each.name) for each in fields(config_class)})
-    for name, value in vars(config).items():
-        check_value(config_class, name, value)
+    check_values(config)
     return config
 
 
-def check_value(config_class: type[TrainConfig | GenerateConfig], name: str, value: Any) -> None:
-    """Hold a value against the check of its field.
+def check_values(config: TrainConfig | GenerateConfig) -> None:
+    """Hold each value against the check of its type.
 
     Raises:
-        UserError: it is out of range.
+        UserError: a value is out of range.
     """
-    hint = get_type_hints(config_class, include_extras=True)[name]
-    for condition in getattr(hint, "__metadata__", ()):
-        if not condition.holds(value):
-            raise UserError(f"--{name} {value} {condition.text}")
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        for condition in getattr(hint, "__metadata__", ()):
+            value = getattr(config, name)
+            if not condition.holds(value):
+                raise UserError(f"--{name} {value} {condition.text}")
 
 
 def preset_names() -> list[str]:
@@ -240,46 +219,27 @@ def save_config(config: TrainConfig, path: Path) -> None:
 def _yaml_path(name: str) -> Path:
     if name in preset_names():
         return PRESETS / f"{name}.yaml"
-    if os.path.isfile(name):
+    if Path(name).is_file():
         return Path(name)
     raise UserError(f"--config {name}: no such preset or file, choose from {', '.join(preset_names())} or name a file")
 
 
-def _yaml_settings(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield the settings of a YAML file: the place, the flag, and both as words of a command line for the one parser.
-
-    Values are taken as they are written, without YAML's own types, in which `no` is not a word and 1e-3 not a number.
-
-    Raises:
-        UserError: the file cannot be read, or is more than a list of flags and values.
-    """
+def _yaml_words(path: Path) -> list[str]:
+    """Return the settings of a YAML file as words of a command line, so that one parser checks both."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path} line {mark.line + 1}" if mark else f"{path}"
-        raise UserError(
-            f"{where} cannot be read ({getattr(error, 'problem', error)}): write lines of the form flag: value, in UTF-8,"
-            " with quotes around a value that holds a brace or a colon"
-        ) from None
-    if root is None:
-        return
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path} is no list of settings: write lines of the form flag: value")
-    seen = set()
-    for key, value in root.value:
-        where, name = f"{path} line {key.start_mark.line + 1}", str(key.value).replace("-", "_")
-        if name in seen:
-            raise UserError(f"{where} sets {name} a second time: drop one of the lines")
-        seen.add(name)
-        if value.tag == "tag:yaml.org,2002:null":
-            continue  # the default
-        if isinstance(value, yaml.ScalarNode):
-            text = value.value
-            if name in INPUT_FILES and text:
-                text = str(path.parent / os.path.expanduser(text))  # relative to the file that names it
-            yield where, name, [f"--{name}={text}"]
-        elif name == "column_names" and isinstance(value, yaml.SequenceNode):
-            yield where, name, [f"--{name}", *(str(item.value) for item in value.value)] if value.value else []
-        else:
-            raise UserError(f"{where}: {name} takes a single value; put one that holds a brace between quotes")
+        raise UserError(f"not a readable YAML file: {error}") from None
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        raise UserError("must hold lines of the form flag: value")
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            if name in INPUT_FILES and value:
+                value = path.parent / os.path.expanduser(str(value))  # relative to the file that names it
+            words.append(f"--{name}={value}")
+    return words

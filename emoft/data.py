@@ -1,8 +1,11 @@
-"""Data: check the splits, tokenize them, put them into an order, collate batches."""
+"""Data: read and check the splits, tokenize them, put them into an order, collate batches."""
 
+import csv
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,21 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import GPT2Tokenizer
 
 from emoft import hub
 from emoft.config import INPUT_FILES, TrainConfig
 from emoft.errors import UserError, warn
-from emoft.files import no_column, read_file
 from emoft.template import TextFormat
 
-# What a column may hold: how the names of its types may begin.
-TYPES = {
-    "text": ("string", "large_string", "null"),
-    "label": ("string", "large_string", "null", "int", "uint", "bool", "ClassLabel"),
-}
+FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 ROWS_NAMED = 5  # how many of the rows that a warning is about are named in it
 
 Batch = dict[str, Tensor]
@@ -42,24 +42,17 @@ def read_splits(config: TrainConfig) -> tuple[dict[str, Dataset], TextFormat]:
         UserError: data that are missing or cannot be used, with the file and the row.
     """
     text_format = TextFormat(config.template, config.append_eos, config.max_length)
-    wanted = {config.text_column: "text"}
-    if text_format.has_label:
-        if config.label_column in wanted:
-            raise UserError(
-                f"--text_column and --label_column both name {config.text_column!r}: the template's {{label}} needs a"
-                " column of its own"
-            )
-        wanted[config.label_column] = "label"
+    with_label = text_format.has_label
     sources = {field.removesuffix("_file"): getattr(config, field) for field in INPUT_FILES}
     if config.train_file:
-        raw = {split: read_file(config, f"--{split}_file", path, wanted) for split, path in sources.items() if path}
+        raw = {split: _read_file(config, f"--{split}_file", path) for split, path in sources.items() if path}
     elif any(sources.values()):
         raise UserError("--validation_file and --test_file need --train_file beside them: name the file to train on")
     else:
         raw = _read_hub(config)
         sources = {split: f"{config.dataset_name} split {split}" for split in raw}
-    splits = {split: _clean(rows, sources[split], wanted) for split, rows in raw.items()}
-    if text_format.has_label:
+    splits = {split: _clean(rows, sources[split], config, with_label) for split, rows in raw.items()}
+    if with_label:
         feature = raw["train"].features[config.label_column]
         labels = feature.names if isinstance(feature, ClassLabel) else sorted(splits["train"].unique("label"))
         text_format = TextFormat(config.template, config.append_eos, config.max_length, list(labels))
@@ -67,6 +60,109 @@ def read_splits(config: TrainConfig) -> tuple[dict[str, Dataset], TextFormat]:
         if limit and split in splits:
             splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
     return splits, text_format
+
+
+def _read_file(config: TrainConfig, flag: str, name: str) -> Dataset:
+    path = Path(name).expanduser()
+    ending = path.suffix.lower()
+    if path.is_dir():
+        raise UserError(f"{flag} {name} is a folder: name a file in it, or give the folder as --dataset_name")
+    if not path.exists():
+        raise UserError(f"{flag} {name}: no such file, check the path")
+    if ending not in FORMATS:
+        raise UserError(f"{flag} {name}: its ending tells no format, use one of {' '.join(FORMATS)}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{flag} {name} is empty: it needs at least one example")
+    try:
+        if ending in (".json", ".jsonl"):
+            for _ in _lines(path):
+                pass  # tells the line that is not UTF-8, which the JSON reader does not
+            return datasets.load_dataset("json", data_files=str(path), split="train")
+        if ending == ".parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        columns = _columns(path, config)
+        changed = path.stat().st_mtime_ns, path.stat().st_size  # part of the cache's key: an edited file is read again
+        return Dataset.from_generator(
+            _rows,
+            features=Features({column: Value("string") for column in columns}),
+            # A tuple of columns: lists are taken for parts of the data to be read one by one.
+            gen_kwargs={
+                "path": path.resolve(), "columns": tuple(columns), "delimiter": _delimiter(path, config),
+                "has_header": ending != ".txt" and not config.column_names, "changed": changed,
+            },
+        )  # fmt: skip
+    except (DatasetGenerationError, pa.ArrowException, ValueError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(f"{flag} {name} cannot be read ({cause}): mend the file") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file; the first one that is not UTF-8 raises a UserError that names it."""
+    with (
+        open(path, "rb") as file,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"Reading {path.name}", delay=2) as bar,
+    ):
+        for number, line in enumerate(file, start=1):
+            try:
+                # "utf-8-sig" drops the byte order mark that Windows programs put before the first line.
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} line {number}: byte {error.start + 1} ({line[error.start]:#04x}) is not UTF-8,"
+                    " save the file in the encoding UTF-8"
+                ) from None
+            bar.update(len(line))
+
+
+def _delimiter(path: Path, config: TrainConfig) -> str:
+    return config.delimiter or {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower(), "")
+
+
+def _columns(path: Path, config: TrainConfig) -> list[str]:
+    """Return the names of the columns of a .csv, .tsv or .txt file."""
+    if path.suffix.lower() == ".txt":
+        return [config.text_column, config.label_column] if config.delimiter else [config.text_column]
+    delimiter = _delimiter(path, config)
+    if len(delimiter) != 1:
+        raise UserError(f"--delimiter {delimiter!r} must be a single character for {path}")
+    columns = config.column_names or next(csv.reader(_lines(path), delimiter=delimiter), [])
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: two columns have the same name among {', '.join(columns)}: rename one")
+    return columns
+
+
+def _rows(
+    path: Path, columns: tuple[str, ...], delimiter: str, has_header: bool, changed: tuple[int, int]
+) -> Iterator[dict[str, str]]:
+    """Yield the rows of a .csv, .tsv or .txt file, all values as they stand: a message "NA" or "1984" is a message."""
+    if path.suffix.lower() == ".txt":
+        for number, line in enumerate(_lines(path), start=1):
+            values = line.rstrip("\r\n").rsplit(delimiter, 1) if delimiter else [line.rstrip("\r\n")]
+            if len(values) < len(columns) and values[0].strip():
+                raise UserError(f"{path} line {number} has no {delimiter!r}: write text{delimiter}label")
+            # An empty line stays, as a row without text, so that the rows a warning names are lines of the file.
+            yield dict(zip(columns, values + [""] * (len(columns) - len(values)), strict=True))
+        return
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    number = 0
+    try:
+        for number, values in enumerate(reader):
+            if (number == 0 and has_header) or not values:
+                continue
+            if len(values) != len(columns):
+                raise UserError(
+                    f"{path} line {reader.line_num} has {len(values)} fields instead of {len(columns)}"
+                    f" ({', '.join(columns)}): put a text that holds {delimiter!r} between double quotes"
+                )
+            yield dict(zip(columns, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num}: {error}, mend the line") from None
+    if number == 0 and has_header:
+        raise UserError(f"{path} holds no example, only the names of columns: it needs at least one")
 
 
 def _read_hub(config: TrainConfig) -> dict[str, Dataset]:
@@ -93,19 +189,22 @@ def _read_hub(config: TrainConfig) -> dict[str, Dataset]:
     return {split: found[split] for split in ("train", "validation") if split in found}
 
 
-def _clean(rows: Dataset, where: str, wanted: dict[str, str]) -> Dataset:
+def _clean(rows: Dataset, where: str, config: TrainConfig, with_label: bool) -> Dataset:
     """Reduce a split to the string columns "text" and "label", without the rows in which one is null or blank."""
     if len(rows) == 0:
         raise UserError(f"{where} holds no example: it needs at least one")
+    wanted = {config.text_column: "text"} | ({config.label_column: "label"} if with_label else {})
     for column, role in wanted.items():
         if column not in rows.column_names:
-            raise no_column(where, column, role, rows.column_names)
-        feature = rows.features[column]
+            raise UserError(
+                f"{where} has no column {column!r}, only {', '.join(rows.column_names)}: name one by --{role}_column"
+            )
+    feature = rows.features[config.text_column]
+    if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "null"):
         kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
-        if not kind.startswith(TYPES[role]):
-            raise UserError(f"{where}: column {column!r} holds {kind}, not {role}: name another by --{role}_column")
+        raise UserError(f"{where}: column {config.text_column!r} holds {kind}, not text: name another by --text_column")
     rows = rows.select_columns(list(wanted)).rename_columns(wanted)
-    if "label" in rows.features:
+    if with_label:
         rows = _label_names(rows)
 
     whole: Any = True
@@ -117,7 +216,7 @@ def _clean(rows: Dataset, where: str, wanted: dict[str, str]) -> Dataset:
     missing = np.flatnonzero(~is_whole)
     what = " or ".join(rows.column_names)
     if len(missing) == len(rows):
-        raise UserError(f"{where}: every row is without {what}, fill {' and '.join(map(repr, wanted))} or name others")
+        raise UserError(f"{where}: every row is without {what}, fill column {config.text_column!r} or name another")
     if len(missing):
         named = ", ".join(str(index + 1) for index in missing[:ROWS_NAMED])
         more = ", ..." if len(missing) > ROWS_NAMED else ""
@@ -127,15 +226,16 @@ def _clean(rows: Dataset, where: str, wanted: dict[str, str]) -> Dataset:
 
 
 def _label_names(rows: Dataset) -> Dataset:
-    """Turn the column "label" from ids of a ClassLabel or numbers into strings, without blanks around them."""
+    """Turn the column "label" from ids of a ClassLabel, numbers or anything else into strings."""
     feature = rows.features["label"]
     names = feature.names if isinstance(feature, ClassLabel) else None
+    if feature == Value("string"):
+        return rows
 
     def to_strings(labels: list[Any]) -> dict[str, list[str | None]]:
         if names:
-            # The Hub marks a row without a label by -1.
-            return {"label": [names[label] if label in range(len(names)) else None for label in labels]}
-        return {"label": [None if label is None else str(label).strip() for label in labels]}
+            return {"label": [names[label] if label is not None and label >= 0 else None for label in labels]}
+        return {"label": [None if label is None else str(label) for label in labels]}
 
     return rows.map(
         to_strings,

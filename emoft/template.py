@@ -27,13 +27,13 @@ class TextFormat:
 
     def __post_init__(self) -> None:
         fields = template_fields(self.template)
+        if "text" not in fields:
+            raise UserError(f"--template {self.template!r} has no {{text}}: put {{text}} where the message belongs")
         for name in fields:
             if name not in ("text", "label"):
                 raise UserError(
                     f"--template {self.template!r} has the unknown field {{{name}}}: use {{text}} and {{label}}"
                 )
-        if "text" not in fields:
-            raise UserError(f"--template {self.template!r} has no {{text}}: put {{text}} where the message belongs")
 
     @property
     def has_label(self) -> bool:
@@ -52,27 +52,21 @@ class TextFormat:
         Raises:
             UserError: the template or the label cannot condition a generation.
         """
-        fields = template_fields(self.template)
+        before, _, after = self.template.partition("{text}")
         if label:
             if not self.has_label:
                 raise UserError(
                     f"the model was trained with the template {self.template!r}, which names no emotion: give --prompt"
                     " instead of --emotion, or train with a template that has {label}, such as --config demo"
                 )
-            if fields.index("label") > fields.index("text"):
+            if "{label}" in after:
                 raise UserError(
                     f"the template {self.template!r} names the emotion after the text, so it cannot steer what is"
                     " generated: give --prompt instead, or train with {label} before {text}"
                 )
             if label not in self.labels:
                 raise UserError(f"no emotion {label!r} in this model: choose from {', '.join(self.labels)}")
-        before = ""
-        for literal, name, _, _ in Formatter().parse(self.template):
-            before += literal
-            if name == "text":
-                break
-            before += label if name else ""
-        return (before + text).rstrip()
+        return (before.format(label=label) + text).rstrip()
 
     def save(self, folder: Path) -> None:
         """Write the format beside a saved model."""
@@ -88,15 +82,12 @@ class TextFormat:
         """
         path = folder / FILE_NAME
         try:
-            text_format = cls(**json.loads(path.read_text(encoding="utf-8")))
-            if not all(isinstance(label, str) for label in text_format.labels):
-                raise TypeError("its labels are no texts")
-            return text_format
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise UserError(
                 f"{folder} has no {FILE_NAME}, which holds its template: give --prompt instead of --emotion"
             ) from None
-        except (TypeError, ValueError, OSError, UserError) as error:
+        except (TypeError, ValueError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): copy it again from the training run") from None
 
 
