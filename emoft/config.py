@@ -227,18 +227,19 @@ def _yaml_path(name: str) -> Path:
 def _yaml_words(path: Path) -> list[str]:
     """Return the settings of a YAML file as words of a command line, so that one parser checks both."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Values as they are written: YAML's own types would make a false of `mixed_precision: no`.
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # safe: it makes text only
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"not a readable YAML file: {error}") from None
-    if settings is None:
-        settings = {}
+    if not settings:
+        return []
     if not isinstance(settings, dict):
         raise UserError("must hold lines of the form flag: value")
     words = []
     for name, value in settings.items():
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)] if value else []
-        elif value is not None:
+        elif value not in ("null", "~"):
             if name in INPUT_FILES and value:
                 value = path.parent / os.path.expanduser(str(value))  # relative to the file that names it
             words.append(f"--{name}={value}")

@@ -44,9 +44,10 @@ def test_every_flag_has_a_sentence(config_class: type, capsys: pytest.CaptureFix
 class TestYaml:
     def test_flags_win_over_the_file(self, tmp_path: Path) -> None:
         path = tmp_path / "run.yaml"
-        path.write_text("learning_rate: 1e-3\nmax_length: 9\nappend_eos: false\ntest_file: null\n")
+        path.write_text("learning_rate: 1e-3\nmax_length: 9\nappend_eos: false\ntest_file: null\nmixed_precision: no\n")
         config = parse_config(TrainConfig, ["--config", str(path), "--max_length", "10"])
         assert (config.learning_rate, config.max_length, config.append_eos) == (1e-3, 10, False)
+        assert (config.test_file, config.mixed_precision) == ("", "no")
         # Also where the flag repeats the default.
         assert parse_config(TrainConfig, ["--config", str(path), "--max_length", "64"]).max_length == 64
 
