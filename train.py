@@ -18,6 +18,8 @@ import transformers
 from torch.utils.data import DataLoader
 
 from emoft import errors
+from emoft.attention import use_packed_attention
+from emoft.batching import Batch, build_loader, epoch_batches, length_sorted_batches
 from emoft.checkpoint import (
     capture_state,
     find_checkpoint,
@@ -28,9 +30,10 @@ from emoft.checkpoint import (
     save_checkpoint,
 )
 from emoft.config import TrainConfig, parse_config, save_config
-from emoft.data import Batch, build_loader, epoch_batches, length_sorted_batches, read_splits, tokenize
+from emoft.data import read_splits, tokenize
 from emoft.evaluate import evaluate
-from emoft.loss import count_targets, shift_labels, summed_cross_entropy
+from emoft.kernels import keep_freed_memory, use_fast_kernels
+from emoft.loss import summed_cross_entropy
 from emoft.model import load_model, load_model_and_tokenizer, save_model
 from emoft.optim import build_optimizer, build_schedule, clip_gradients, skip_if_not_finite
 from emoft.precision import Precision, choose_device
@@ -50,6 +53,7 @@ def train(config: TrainConfig) -> int:
     """
     # ---- Set up: data, model, optimizer, schedule, precision -------------------------------------------------------
     device = choose_device(config.use_cpu)
+    keep_freed_memory()
     checkpoint = find_checkpoint(config)
     saved = load_state(checkpoint, config) if checkpoint else None
     torch.manual_seed(config.seed)
@@ -73,8 +77,12 @@ def train(config: TrainConfig) -> int:
 
     model.to(device)  # type: ignore[arg-type]  # a fault of the library's types
     model.train()
+    use_packed_attention(model)
+    use_fast_kernels(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    # Compiled, it is another object around the same weights: checkpoints, evaluation and samples use the plain model.
+    transformer = torch.compile(model.transformer, dynamic=True) if config.torch_compile else model.transformer
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, total_steps)
     precision = Precision(config.mixed_precision, device)
@@ -86,7 +94,7 @@ def train(config: TrainConfig) -> int:
 
     def loader_of(split: str) -> DataLoader[Batch]:
         batches = length_sorted_batches(tokenized[split], config.per_device_eval_batch_size)
-        return build_loader(tokenized[split], batches, tokenizer.eos_token_id, device)
+        return build_loader(tokenized[split], batches, tokenizer.eos_token_id, device, config.batching)
 
     def save() -> Path:
         state = capture_state(config, optimizer, schedule, precision, tracker.state_for_checkpoint())
@@ -117,28 +125,30 @@ def train(config: TrainConfig) -> int:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
             epoch, steps_done = divmod(run.step, steps_per_epoch)
             batches = epoch_batches(len(train_data), micro_batch_size, config.seed, epoch)[steps_done * accumulation :]
-            micro_batches = iter(build_loader(train_data, batches, tokenizer.eos_token_id, device))
+            loader = build_loader(train_data, batches, tokenizer.eos_token_id, device, config.batching)
+            micro_batches = iter(loader)
 
             # Fetch the micro-batches of this step and count their labelled tokens, on the CPU, where they still are.
             while not done and (step_batches := list(islice(micro_batches, accumulation))):
-                step_tokens = sum(count_targets(batch["attention_mask"]) for batch in step_batches)
-                step_samples = sum(len(batch["input_ids"]) for batch in step_batches)
+                step_tokens = sum(batch.target_tokens for batch in step_batches)
+                step_samples = sum(batch.examples for batch in step_batches)
 
                 # Forward and backward. Each micro-batch adds its part to the mean over all tokens of the step, so
-                # that 4 x 1, 2 x 2 and 1 x 4 examples give the same gradient, whatever their lengths.
+                # that 4 x 1, 2 x 2 and 1 x 4 examples give the same gradient, whatever their lengths. The head works
+                # where there is a target only; the collation has shifted the labels by one.
                 step_loss = torch.zeros((), device=device)
                 for batch in step_batches:
-                    inputs = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+                    batch = batch.to(device)
                     with precision.autocast():
-                        logits = model(**inputs, use_cache=False).logits  # (B, T, V)
-                    targets = shift_labels(**inputs)  # (B, T)
-                    loss = summed_cross_entropy(logits, targets) / max(1, step_tokens)
+                        hidden = transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
+                        loss = summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
+                    loss = loss / max(1, step_tokens)
                     scaler.scale(loss).backward()
                     step_loss += loss.detach()
 
                 # Take the loss scale out of the gradients once, now that they are complete; measure and clip them.
                 scaler.unscale_(optimizer)
-                grad_norm = clip_gradients(model.parameters(), config.max_grad_norm)
+                grad_norm = clip_gradients(optimizer, config.max_grad_norm)
 
                 # Refuse a gradient that is not finite: weights and optimizer must stay as they are. fp16's scaler does
                 # so by itself and lowers its scale; otherwise the optimizer is told to skip, and the run ends below.

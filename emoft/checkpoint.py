@@ -23,8 +23,8 @@ RUN_FILES = ("trainer_state.json", "all_results.json", "train_config.yaml", "emo
 # Flags that a resumed run may change; all others alter the computation.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "use_cpu",
-    "per_device_eval_batch_size", "gradient_checkpointing", "early_stopping_patience", "load_best_model_at_end",
-    "model_name_or_path", "config_overrides", "vocab_size", "tokenizer_name", "test_file",
+    "per_device_eval_batch_size", "gradient_checkpointing", "torch_compile", "early_stopping_patience",
+    "load_best_model_at_end", "model_name_or_path", "config_overrides", "vocab_size", "tokenizer_name", "test_file",
 }  # fmt: skip
 
 

@@ -82,6 +82,9 @@ class TrainConfig:
     per_device_train_batch_size: Count = option(4, "examples in a micro-batch")
     per_device_eval_batch_size: Count = option(16, "examples in a batch of an evaluation")
     gradient_accumulation_steps: Count = option(1, "micro-batches in an optimizer step")
+    batching: Literal["packed", "padded"] = option(
+        "packed", "how a batch lies in memory: packed end to end without padding, or padded to its longest text"
+    )
 
     # Optimization
     learning_rate: Positive = option(5e-5, "highest learning rate of AdamW")
@@ -97,6 +100,9 @@ class TrainConfig:
     # Speed
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "type of the matrix products; auto: bf16 where the device computes in it, else fp16 on a GPU, else no"
+    )
+    torch_compile: bool = option(
+        False, "compile the model first, which takes minutes: pays on long runs, mostly on a GPU"
     )
     gradient_checkpointing: bool = option(False, "keep fewer activations and compute them again: less memory, slower")
 

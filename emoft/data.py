@@ -1,7 +1,6 @@
-"""Data: read and check the splits, tokenize them, put them into an order, collate batches."""
+"""Data: read and check the splits, and tokenize them."""
 
 import csv
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,11 +11,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import GPT2Tokenizer
 
@@ -27,8 +23,6 @@ from emoft.template import TextFormat
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 ROWS_NAMED = 5  # how many of the rows that a warning is about are named in it
-
-Batch = dict[str, Tensor]
 
 
 def read_splits(config: TrainConfig) -> tuple[dict[str, Dataset], TextFormat]:
@@ -287,50 +281,4 @@ def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, s
         features=Features({"input_ids": datasets.List(Value("int32"))}),
         new_fingerprint=_fingerprint(rows._fingerprint, json.dumps(vocabulary), repr(text_format)),
         desc=f"Tokenizing {split}",
-    )
-
-
-def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the micro-batches of an epoch as indices into the train split.
-
-    The order is a function of seed and epoch alone, so that a resumed run finds its place without replaying anything.
-    """
-    order = np.random.default_rng((seed, epoch)).permutation(examples).tolist()
-    return _chunks(order, batch_size)
-
-
-def length_sorted_batches(rows: Dataset, batch_size: int) -> list[list[int]]:
-    """Return batches in the order of length, longest first, which pads least; for evaluation, where order is free."""
-    lengths = pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
-    return _chunks(np.argsort(-lengths, kind="stable").tolist(), batch_size)
-
-
-def _chunks(order: list[int], size: int) -> list[list[int]]:
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def collate(rows: list[dict[str, list[int]]], pad_id: int) -> Batch:
-    """Pad rows on the right to the longest of them.
-
-    GPT-2 numbers positions from the left whatever the mask says, so that padding on the left would shift them.
-
-    Returns:
-        "input_ids" and "attention_mask", both (B, T) int64.
-    """
-    ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {
-        "input_ids": pad(ids, padding_value=pad_id),
-        "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
-    }
-
-
-def build_loader(rows: Dataset, batches: list[list[int]], pad_id: int, device: torch.device) -> DataLoader[Batch]:
-    """Return a DataLoader over the given batches."""
-    return DataLoader(
-        rows,
-        batch_sampler=batches,
-        collate_fn=functools.partial(collate, pad_id=pad_id),
-        pin_memory=device.type == "cuda",  # lets the copy to the GPU run beside the computation
-        generator=torch.Generator(),  # its own, so that making a loader draws nothing from dropout's random numbers
     )

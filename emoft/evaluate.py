@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
-from emoft.data import Batch
-from emoft.loss import count_targets, shift_labels, summed_cross_entropy
+from emoft.batching import Batch
+from emoft.loss import summed_cross_entropy
 from emoft.precision import Precision
 
 
@@ -45,10 +45,10 @@ def evaluate(model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Preci
     total = torch.zeros((), dtype=torch.float64, device=precision.device)
     tokens = 0
     for batch in tqdm(loader, desc="Evaluating", unit="batch", leave=False, dynamic_ncols=True):
-        tokens += count_targets(batch["attention_mask"])
-        inputs = {name: values.to(precision.device, non_blocking=True) for name, values in batch.items()}
+        tokens += batch.target_tokens
+        batch = batch.to(precision.device)
         with precision.autocast():
-            logits = model(**inputs, use_cache=False).logits
-        total += summed_cross_entropy(logits, shift_labels(**inputs))
+            hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
+            total += summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
     model.train(was_training)
     return Evaluation(loss=total.item() / max(1, tokens), tokens=tokens)

@@ -1,45 +1,90 @@
-"""The one label shift, the summed cross-entropy and the count of its tokens."""
+"""The one label shift, and the cross-entropy summed over targets, head included."""
+
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # what cross_entropy skips by default
+IGNORED = -100  # the label of what is no target
+FLOAT_BYTES = 8 << 20  # of logits in float32 at a time: what stays in a processor's cache
+WEIGHT_ROWS = 8192  # of the head's gradient at a time, likewise
 
 
-def shift_labels(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return for each position the token that it has to predict: the next one.
+def shift_labels(labels: Tensor) -> Tensor:
+    """Return for each position the token that it has to predict: the label of the next one; the last has none.
 
-    The last position has none, and neither has one whose next token is padding. Padding is known by the attention
-    mask, never by its id: pad is end-of-text here, and a real end-of-text is a target like any other.
+    The labels decide what is a target. They are made from the lengths of the texts, never by comparing ids with the
+    padding's: pad is end-of-text here, and a real end-of-text is a target like any other. The first token of a text
+    is no target, so that in a packed row no text predicts the beginning of its neighbour.
 
     Args:
-        input_ids: (B, T) token ids, padded on the right.
-        attention_mask: (B, T), 1 for tokens and 0 for padding.
+        labels: (B, T) token ids, `IGNORED` for padding and for the first token of each text.
 
     Returns:
         (B, T) target ids, `IGNORED` where there is none.
     """
-    targets = torch.full_like(input_ids, IGNORED)
-    targets[:, :-1] = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, IGNORED)
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
     return targets
 
 
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def summed_cross_entropy(hidden: Tensor, head: Tensor, predicting: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy summed over all targets, in nats, computed in float32 at least.
 
     A sum, so that the caller can divide once by the targets of a whole step: a mean of the means of micro-batches
-    would give the tokens of short texts more weight.
+    would give the tokens of short texts more weight. Logits exist only where there is a target.
 
     Args:
-        logits: (B, T, V) of the model, not shifted.
-        targets: (B, T) of `shift_labels`.
+        hidden: (B, T, C), the last hidden states.
+        head: (V, C), the weight of the language model's head.
+        predicting: (K,) places in the flattened hidden states that predict a token.
+        targets: (K,) the token of each, of `shift_labels`; `IGNORED` ones count nothing.
     """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return _LinearCrossEntropy.apply(hidden.flatten(0, 1).index_select(0, predicting), head, targets)
 
 
-def count_targets(attention_mask: Tensor) -> int:
-    """Return how many tokens of a batch are targets: all but the first of each row. Meant for masks on the CPU."""
-    return int(attention_mask[:, 1:].sum())
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Head and cross-entropy in one, so that logits in float32 exist for a few rows at a time only.
+
+    Logits are kept in autocast's type, in which the head computes them; their gradient takes their place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+        ctx.dtypes = hidden.dtype, head.dtype
+        hidden, head = hidden.to(dtype), head.to(dtype)
+        with torch.autocast(device, enabled=False):
+            logits = hidden @ head.t()  # (K, V)
+        normalizer = torch.cat([_widen(block).logsumexp(1) for block in logits.split(_rows(logits))])  # (K,)
+        is_target = targets != IGNORED
+        chosen = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        ctx.save_for_backward(hidden, head, logits, normalizer, targets)
+        return ((normalizer - chosen) * is_target).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, head, logits, normalizer, targets = ctx.saved_tensors
+        is_target = targets != IGNORED
+        # The gradient of a target's cross-entropy with respect to its logits: softmax, less 1 at the target.
+        for start in range(0, len(targets), _rows(logits)):
+            block = slice(start, start + _rows(logits))
+            softmax = _widen(logits[block]).sub(normalizer[block, None]).exp_()
+            softmax.scatter_add_(
+                1, targets[block, None].clamp(min=0), softmax.new_full((1, 1), -1.0).expand(len(softmax), 1)
+            )
+            logits[block] = softmax.mul_(gradient * is_target[block, None])
+        hidden_dtype, head_dtype = ctx.dtypes
+        head_gradient = torch.empty_like(head, dtype=head_dtype)
+        for part, columns in zip(head_gradient.split(WEIGHT_ROWS), logits.split(WEIGHT_ROWS, dim=1), strict=True):
+            part.copy_(columns.t() @ hidden)
+        return (logits @ head).to(hidden_dtype), head_gradient, None
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, FLOAT_BYTES // (4 * logits.shape[1]))
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,7 +1,6 @@
 """AdamW's parameter groups, the learning-rate schedule, clipping."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from emoft.errors import UserError
 def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     """Return AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, not on biases and LayerNorms.
 
-    The fused kernel updates all parameters in one pass, and can skip an update on the device by itself: where
-    `optimizer.found_inf` is 1. See `skip_if_not_finite`.
+    The fused kernel updates all parameters in one pass. It also scales the gradients by itself, and skips an update,
+    as `optimizer.grad_scale` and `optimizer.found_inf` say: see `clip_gradients` and `skip_if_not_finite`.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -63,13 +62,23 @@ def build_schedule(optimizer: AdamW, config: TrainConfig, total_steps: int) -> L
     return LambdaLR(optimizer, factor)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_grad_norm: float) -> Tensor:
-    """Scale all gradients down together if their norm is above `max_grad_norm` (0: never).
+def clip_gradients(optimizer: AdamW, max_grad_norm: float) -> Tensor:
+    """Make the next `optimizer.step()` scale all gradients down together if their norm is above `max_grad_norm`.
+
+    The fused kernel divides by `optimizer.grad_scale` where it reads the gradients anyway, so that clipping needs no
+    pass over memory of its own; until then, the gradients are those before clipping.
+
+    Args:
+        optimizer: holds the parameters.
+        max_grad_norm: the highest norm that is left alone; 0 leaves all alone.
 
     Returns:
         The L2 norm over all parameters before clipping, a tensor without dimensions, on the device.
     """
-    return nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    optimizer.grad_scale = (norm / (max_grad_norm or math.inf)).clamp(min=1.0)  # type: ignore[attr-defined]
+    return norm
 
 
 def skip_if_not_finite(optimizer: AdamW, grad_norm: Tensor) -> Tensor:

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Result
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import GPT2Tokenizer
 
 from emoft.config import TrainConfig
-from emoft.data import collate, encode, epoch_batches, length_sorted_batches, read_splits, tokenize
+from emoft.data import encode, read_splits, tokenize
 from emoft.template import TextFormat
 
 # What other readers take for a missing value, a number, two columns or two lines.
@@ -132,32 +131,6 @@ class TestTokens:
             files.append((file, os.stat(file).st_mtime_ns))
             assert max(map(len, rows["input_ids"])) <= max_length
         assert files[0] == files[1] != files[2]
-
-
-class TestOrder:
-    def test_is_a_function_of_seed_and_epoch(self) -> None:
-        torch.manual_seed(1)
-        first = epoch_batches(103, 4, seed=7, epoch=2)
-        torch.manual_seed(2)
-        assert epoch_batches(103, 4, seed=7, epoch=2) == first
-        assert epoch_batches(103, 4, seed=7, epoch=3) != first
-        assert epoch_batches(103, 4, seed=8, epoch=2) != first
-
-    def test_holds_each_example_once_and_does_not_depend_on_the_batch_size(self) -> None:
-        flat = [[i for batch in epoch_batches(103, size, 7, 0) for i in batch] for size in (1, 4, 200)]
-        assert flat[0] == flat[1] == flat[2]
-        assert sorted(flat[0]) == list(range(103))
-        assert [len(batch) for batch in epoch_batches(10, 4, 7, 0)] == [4, 4, 2]
-
-    def test_of_an_evaluation_is_by_length(self) -> None:
-        rows = Dataset.from_dict({"input_ids": [[1] * length for length in (3, 9, 1, 5, 9)]})
-        assert length_sorted_batches(rows, 2) == [[1, 4], [3, 0], [2]]
-
-
-def test_collate_pads_on_the_right() -> None:
-    batch = collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], pad_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_a_second_run_does_not_tokenize_again(run: Callable[..., Result], tiny_model, train_file, tmp_path) -> None:

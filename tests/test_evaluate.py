@@ -6,7 +6,9 @@ from conftest import SENTENCES
 from datasets import Dataset
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.data import build_loader, encode, length_sorted_batches
+from emoft.attention import use_packed_attention
+from emoft.batching import build_loader, length_sorted_batches
+from emoft.data import encode
 from emoft.evaluate import Evaluation, evaluate
 from emoft.precision import Precision
 from emoft.template import TextFormat
@@ -14,14 +16,17 @@ from emoft.template import TextFormat
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("batching", ["packed", "padded"])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_equals_a_sum_over_examples_in_float64(tiny_model, batch_size: int) -> None:
+def test_equals_a_sum_over_examples_in_float64(tiny_model, batch_size: int, batching: str) -> None:
     """Token-weighted, whatever the batches: compared with the model's own loss, one example at a time."""
     model = GPT2LMHeadModel.from_pretrained(tiny_model).train()
+    use_packed_attention(model)
     tokenizer = GPT2Tokenizer.from_pretrained(tiny_model)
     rows = encode(tokenizer, [text for text, _ in SENTENCES], TextFormat("{text}"))
     data = Dataset.from_dict({"input_ids": rows})
-    loader = build_loader(data, length_sorted_batches(data, batch_size), tokenizer.eos_token_id, CPU)
+    batches = length_sorted_batches(data, batch_size)
+    loader = build_loader(data, batches, tokenizer.eos_token_id, CPU, batching)
     result = evaluate(model, loader, Precision("no", CPU))
     assert model.training, "it is left as it was"
     total, tokens = 0.0, 0

@@ -1,20 +1,20 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SENTENCES
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.data import collate, encode
-from emoft.loss import IGNORED, count_targets, shift_labels, summed_cross_entropy
+from emoft.batching import pack, pad
+from emoft.data import encode
+from emoft.loss import IGNORED, shift_labels, summed_cross_entropy
 from emoft.template import TextFormat
 
+X = IGNORED
 
-def test_shift_by_one_and_mask_by_attention() -> None:
-    # Pad is 0 here, and so is the end-of-text that closes each row: only the mask tells them apart.
-    input_ids = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0]])
-    attention_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    expected = [[6, 7, 0, IGNORED], [0, IGNORED, IGNORED, IGNORED]]
-    assert shift_labels(input_ids, attention_mask).tolist() == expected
-    assert count_targets(attention_mask) == 4
+
+def test_shift_by_one() -> None:
+    labels = torch.tensor([[X, 6, 7, X], [X, 9, 0, 0]])
+    assert shift_labels(labels).tolist() == [[6, 7, X, X], [9, 0, 0, X]]
 
 
 @pytest.fixture(scope="module")
@@ -22,46 +22,71 @@ def model(tiny_model) -> GPT2LMHeadModel:
     return GPT2LMHeadModel.from_pretrained(tiny_model).eval()
 
 
-def test_equals_the_models_own_loss_on_unpadded_rows(model) -> None:
-    """A second shift, or none, trains without complaint and shows only here."""
-    torch.manual_seed(0)
-    for length in (2, 3, 17, 64):
-        input_ids = torch.randint(0, model.config.vocab_size, (3, length))
-        mask = torch.ones_like(input_ids)
+@pytest.mark.parametrize("collate", [pack, pad])
+def test_equals_the_models_own_loss(model, tiny_model, collate) -> None:
+    """A second shift, or none, trains without complaint and shows only here; so does a target lost at an end."""
+    tokenizer = GPT2Tokenizer.from_pretrained(tiny_model)
+    rows = encode(tokenizer, [text for text, _ in SENTENCES], TextFormat("{text}", max_length=100))
+    for group in (rows[:1], rows[:3], rows):
+        batch = collate([{"input_ids": row} for row in group], tokenizer.eos_token_id)
+        assert (batch.targets == tokenizer.eos_token_id).sum() == len(group), "each end of text is a target, once"
         with torch.no_grad():
-            logits = model(input_ids).logits
-            expected = model(input_ids, labels=input_ids).loss
-        ours = summed_cross_entropy(logits, shift_labels(input_ids, mask)) / count_targets(mask)
+            expected = sum(model(torch.tensor([r]), labels=torch.tensor([r])).loss * (len(r) - 1) for r in group)
+            hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
+            ours = summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
 
 
-def test_padding_changes_nothing(model, tiny_model) -> None:
-    """The padded batch has the summed loss of its rows one by one, each with exactly one end-of-text target."""
-    tokenizer = GPT2Tokenizer.from_pretrained(tiny_model)
-    rows = encode(tokenizer, [text for text, _ in SENTENCES], TextFormat("{text}", max_length=100))
-    batch = collate([{"input_ids": row} for row in rows], tokenizer.eos_token_id)
-    targets = shift_labels(**batch)
-    assert (targets == tokenizer.eos_token_id).sum(dim=1).tolist() == [1] * len(rows)
-    with torch.no_grad():
-        together = summed_cross_entropy(model(**batch).logits, targets)
-        alone = 0.0
-        for row in rows:
-            ids = torch.tensor([row])
-            one = shift_labels(ids, torch.ones_like(ids))
-            assert (one == tokenizer.eos_token_id).sum() == 1
-            alone += summed_cross_entropy(model(ids).logits, one)
-    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
-    assert count_targets(batch["attention_mask"]) == sum(len(row) - 1 for row in rows)
+def values(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, a head of more rows than one part of its gradient, places and targets, two of them ignored."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2, rows, 6, dtype=dtype, requires_grad=True)
+    head = torch.randn(9000, 6, dtype=dtype, requires_grad=True)
+    predicting = torch.randperm(2 * rows)
+    targets = torch.randint(9000, (2 * rows,))
+    predicting[:2], targets[:2] = 0, IGNORED
+    return hidden, head, predicting, targets
 
 
-def test_half_precision_logits_are_summed_in_float32() -> None:
-    logits = torch.zeros(64, 32, 1000, dtype=torch.bfloat16)
-    targets = torch.zeros(64, 32, dtype=torch.int64)
-    loss = summed_cross_entropy(logits, targets)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(64 * 32 * torch.tensor(1000.0).log().item(), rel=1e-6)
+def reference(hidden, head, predicting, targets) -> torch.Tensor:
+    logits = F.linear(hidden.flatten(0, 1)[predicting], head)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float)), targets, reduction="sum")
+
+
+@pytest.mark.parametrize("rows", [2, 300])  # of 600, float32 logits are made for 233 at a time
+def test_loss_and_gradients_are_those_of_head_and_cross_entropy(rows: int) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        results = []
+        for function in (summed_cross_entropy, reference):
+            hidden, head, predicting, targets = values(rows, dtype)
+            loss = function(hidden, head, predicting, targets)
+            (loss / 7).backward()
+            results.append((loss.detach(), hidden.grad, head.grad))
+        for ours, expected in zip(*results, strict=True):
+            assert ours.dtype == dtype
+            assert (ours - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_head_works_in_half_precision_and_the_loss_in_float32(dtype: torch.dtype) -> None:
+    results = []
+    for function in (summed_cross_entropy, reference):
+        hidden, head, predicting, targets = values(50, torch.float32)
+        with torch.autocast("cpu", dtype=dtype):
+            loss = function(hidden, head, predicting, targets)
+        assert loss.dtype == torch.float32
+        (loss * 1024).backward()  # the loss scale comes before the backward, where small gradients would vanish
+        results.append((loss.detach(), hidden.grad, head.grad))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
+    for ours, expected in zip(results[0][1:], results[1][1:], strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - expected).norm() <= 2**-7 * expected.norm()
 
 
 def test_no_target_gives_zero_and_not_nan() -> None:
-    targets = torch.full((1, 1), IGNORED)
-    assert summed_cross_entropy(torch.zeros(1, 1, 10), targets).item() == 0
+    for count in (0, 3):
+        hidden, head = torch.randn(1, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+        targets = torch.full((count,), IGNORED)
+        loss = summed_cross_entropy(hidden, head, torch.zeros(count, dtype=torch.int64), targets)
+        loss.backward()
+        assert loss.item() == hidden.grad.abs().sum() == head.grad.abs().sum() == 0

@@ -62,24 +62,31 @@ def test_decay_is_for_matrices() -> None:
 
 
 class TestClipping:
-    @pytest.fixture
-    def parameters(self) -> list[nn.Parameter]:
-        parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
-        parameters[0].grad = torch.tensor([2.0, 3.0])
-        parameters[1].grad = torch.tensor([6.0])
-        return parameters
+    """A gradient of norm 7, and what one step of the fused optimizer makes of it beside the library's own clipping."""
 
-    def test_returns_the_norm_before(self, parameters) -> None:
-        assert clip_gradients(parameters, 1.0).item() == 7
-        assert parameters[1].grad.item() == pytest.approx(6 / 7, rel=1e-5)
+    def step(self, max_grad_norm: float, ours: bool) -> tuple[float, list[torch.Tensor]]:
+        parameters = [nn.Parameter(torch.zeros(2, 1)), nn.Parameter(torch.zeros(1))]
+        optimizer = build_optimizer(nn.ParameterList(parameters), TrainConfig(learning_rate=0.1, adam_epsilon=1.0))
+        for _ in range(2):
+            parameters[0].grad, parameters[1].grad = torch.tensor([[2.0], [3.0]]), torch.tensor([6.0])
+            if ours:
+                norm = clip_gradients(optimizer, max_grad_norm)
+                assert parameters[1].grad.item() == 6, "what is measured before the step is not clipped yet"
+            else:
+                norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            optimizer.step()
+        return norm.item(), [parameter.detach() for parameter in parameters]
 
-    def test_leaves_small_gradients(self, parameters) -> None:
-        assert clip_gradients(parameters, 7.5).item() == 7
-        assert parameters[1].grad.item() == 6
+    @pytest.mark.parametrize("max_grad_norm", [0.1, 1.0, 7.5, 100.0])
+    def test_is_the_librarys(self, max_grad_norm: float) -> None:
+        norm, weights = self.step(max_grad_norm, ours=True)
+        expected_norm, expected = self.step(max_grad_norm, ours=False)
+        assert norm == expected_norm == 7
+        for ours, reference in zip(weights, expected, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
 
-    def test_zero_is_off(self, parameters) -> None:
-        assert clip_gradients(parameters, 0).item() == 7
-        assert parameters[1].grad.item() == 6
+    def test_zero_is_off(self) -> None:
+        torch.testing.assert_close(self.step(0, ours=True), self.step(100.0, ours=False))
 
 
 @pytest.mark.parametrize(("value", "skips"), [(1.0, False), (math.inf, True), (math.nan, True)])
@@ -91,7 +98,7 @@ def test_a_step_that_is_not_finite_changes_nothing(value: float, skips: bool) ->
     before = [parameter.detach().clone() for parameter in model.parameters()]
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
     model.weight.grad[0, 0] = value
-    assert skip_if_not_finite(optimizer, clip_gradients(model.parameters(), 1.0)).item() == skips
+    assert skip_if_not_finite(optimizer, clip_gradients(optimizer, 1.0)).item() == skips
     optimizer.step()
     after = list(model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == skips

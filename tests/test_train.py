@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from emoft import data
+from emoft.batching import epoch_batches
 
 STEPS = 50
 TOLERANCE = 1e-5  # relative
@@ -68,7 +68,7 @@ def trainer(
     tokenizer = GPT2Tokenizer.from_pretrained(still_model)
     tokenizer.pad_token = tokenizer.eos_token
     texts = [line.rsplit(";", 1)[0] for line in train_file.read_text().splitlines()]
-    order = [i for epoch in range(5) for batch in data.epoch_batches(len(texts), 4, 42, epoch) for i in batch]
+    order = [i for epoch in range(5) for batch in epoch_batches(len(texts), 4, 42, epoch) for i in batch]
     rows = tokenizer([f"Emotion: {texts[i]}" for i in order], truncation=True, padding="max_length", max_length=64)
 
     class InOurOrder(Trainer):
@@ -105,7 +105,9 @@ class TestParity:
 
     SHAPES = [(4, 1), (2, 2), (1, 4)]  # examples in a micro-batch x micro-batches in a step
 
-    def flags(self, model: Path, train_file: Path, batch_size: int, accumulation: int) -> list[object]:
+    def flags(
+        self, model: Path, train_file: Path, batch_size: int, accumulation: int, batching: str = "packed"
+    ) -> list[object]:
         settings = {
             **SETTINGS,
             "model_name_or_path": model,
@@ -115,16 +117,18 @@ class TestParity:
             "mixed_precision": "no",
             "per_device_train_batch_size": batch_size,
             "gradient_accumulation_steps": accumulation,
+            "batching": batching,
             "save_steps": 0,
             "output_dir": "run",
         }
         return [f"--{name}={value}" for name, value in settings.items()]
 
+    @pytest.mark.parametrize("batching", ["packed", "padded"])
     @pytest.mark.parametrize(("batch_size", "accumulation"), SHAPES)
     def test_losses_and_weights_are_the_trainers(
-        self, trainer, run: Callable[..., Result], still_model, train_file, tmp_path, batch_size, accumulation
+        self, trainer, run: Callable[..., Result], still_model, train_file, tmp_path, batch_size, accumulation, batching
     ) -> None:
-        result = run("train.py", *self.flags(still_model, train_file, batch_size, accumulation))
+        result = run("train.py", *self.flags(still_model, train_file, batch_size, accumulation, batching))
         assert result.code == 0, result.err
         losses, final = trainer
         assert len(losses) == STEPS
@@ -138,7 +142,7 @@ class TestParity:
         source = (ROOT / "train.py").read_text()
         right = "/ max(1, step_tokens)"
         assert right in source
-        wrong = '/ count_targets(batch["attention_mask"]) / len(step_batches)'
+        wrong = "/ batch.target_tokens / len(step_batches)"
         (tmp_path / "train.py").write_text(source.replace(right, wrong))
         (tmp_path / "emoft").symlink_to(ROOT / "emoft")
         result = run(tmp_path / "train.py", *self.flags(still_model, train_file, 1, 4))
