@@ -9,13 +9,16 @@ import logging
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
+from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft import errors
 from emoft.attention import use_packed_attention
@@ -39,11 +42,33 @@ from emoft.optim import build_optimizer, build_schedule, clip_gradients, skip_if
 from emoft.precision import Precision, choose_device
 from emoft.sampling import sample_texts
 from emoft.signals import StopSignals
+from emoft.template import TextFormat
 from emoft.tracking import RESULTS_FILE, RunState, Tracker, write_json
 
+Loaded = tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, dict[str, Dataset]]
 
-def train(config: TrainConfig) -> int:
+
+def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
+    """Return the model, its tokenizer, the format of its texts, and the tokenized splits."""
+    splits, text_format = read_splits(config)
+    texts = (text_format.fill(**row) for row in splits["train"])
+    if checkpoint:
+        config = dataclasses.replace(config, model_name_or_path=str(checkpoint), config_overrides="", tokenizer_name="")
+    model, tokenizer = load_model_and_tokenizer(config, texts)
+    return (
+        model,
+        tokenizer,
+        text_format,
+        {name: tokenize(s, tokenizer, text_format, name) for name, s in splits.items()},
+    )
+
+
+def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded] = load_model_and_data) -> int:
     """Run a training from its configuration to its saved model.
+
+    Args:
+        config: all flags.
+        load: gives the model and the data; the benchmark draws both.
 
     Returns:
         The exit code: 0, or 130 or 143 if a signal stopped the run after saving.
@@ -58,14 +83,7 @@ def train(config: TrainConfig) -> int:
     saved = load_state(checkpoint, config) if checkpoint else None
     torch.manual_seed(config.seed)
 
-    splits, text_format = read_splits(config)
-    texts = (text_format.fill(**row) for row in splits["train"])
-    if checkpoint:
-        source = dataclasses.replace(config, model_name_or_path=str(checkpoint), config_overrides="", tokenizer_name="")
-        model, tokenizer = load_model_and_tokenizer(source, texts)
-    else:
-        model, tokenizer = load_model_and_tokenizer(config, texts)
-    tokenized = {split: tokenize(rows, tokenizer, text_format, split) for split, rows in splits.items()}
+    model, tokenizer, text_format, tokenized = load(config, checkpoint)
     train_data = tokenized["train"]
     can_evaluate = "validation" in tokenized
     if not can_evaluate and (config.eval_steps or config.early_stopping_patience):

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from emoft.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 PRESETS = Path(__file__).parent / "presets"
 INPUT_FILES = ("train_file", "validation_file", "test_file")
@@ -150,7 +153,7 @@ class GenerateConfig:
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 
 
-Config = TypeVar("Config", TrainConfig, GenerateConfig)
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 class _Parser(HfArgumentParser):
@@ -195,7 +198,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     return config
 
 
-def check_values(config: TrainConfig | GenerateConfig) -> None:
+def check_values(config: "DataclassInstance") -> None:
     """Hold each value against the check of its type.
 
     Raises:
