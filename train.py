@@ -37,6 +37,7 @@ from emoft.data import read_splits, tokenize
 from emoft.evaluate import evaluate
 from emoft.kernels import keep_freed_memory, use_fast_kernels
 from emoft.loss import summed_cross_entropy
+from emoft.machine import measure_flops
 from emoft.model import load_model, load_model_and_tokenizer, save_model
 from emoft.optim import build_optimizer, build_schedule, clip_gradients, skip_if_not_finite
 from emoft.precision import Precision, choose_device
@@ -137,7 +138,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
     done = run.step >= total_steps  # a resumed run may have only its end to write
     stopped_early = False
     faults = torch.zeros((), device=device)  # steps refused because their gradient was not finite
-    tracker = Tracker(config, run, total_steps, steps_per_epoch, device)
+    tracker = Tracker(config, run, total_steps, steps_per_epoch, model.config, measure_flops(precision), device)
     with StopSignals() as signals, tracker:
         while not done:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
@@ -149,7 +150,6 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
             # Fetch the micro-batches of this step and count their labelled tokens, on the CPU, where they still are.
             while not done and (step_batches := list(islice(micro_batches, accumulation))):
                 step_tokens = sum(batch.target_tokens for batch in step_batches)
-                step_samples = sum(batch.examples for batch in step_batches)
 
                 # Forward and backward. Each micro-batch adds its part to the mean over all tokens of the step, so
                 # that 4 x 1, 2 x 2 and 1 x 4 examples give the same gradient, whatever their lengths. The head works
@@ -182,7 +182,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                 if not skipped:
                     schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-                tracker.count_step(step_loss, step_tokens, step_samples, skipped)
+                tracker.count_step(step_loss, step_batches, skipped)
 
                 # Log, evaluate, save, stop if asked to. Reading a number from a GPU waits until it is computed (a sync
                 # point): a step that logs nothing reads none.

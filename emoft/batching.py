@@ -28,6 +28,7 @@ class Batch:
     examples: int
     tokens: int  # of the examples, without any filling
     target_tokens: int  # of them, those that are predicted: all but the first of each example
+    pairs: int  # of a token and a token of its example that it sees, itself included; tells attention's cost
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device. From pinned memory, the copy runs beside the computation."""
@@ -74,6 +75,7 @@ def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Ba
     """
     lengths = [len(row["input_ids"]) for row in rows]
     tokens = sum(lengths)
+    examples = tuple(lengths)
     filling = -tokens % multiple
     ids = np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
     ids = np.pad(ids, (0, filling), constant_values=pad_id)
@@ -92,7 +94,7 @@ def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Ba
         "padded_index": torch.from_numpy(np.repeat(np.arange(len(lengths)) * longest, lengths) + offsets),
         "longest": longest,
     }
-    return _batch(inputs, torch.from_numpy(labels)[None], len(rows), tokens, multiple)
+    return _batch(inputs, torch.from_numpy(labels)[None], examples, multiple)
 
 
 def pad(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Batch:
@@ -110,10 +112,10 @@ def pad(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Bat
     labels = np.where(mask, ids, IGNORED)
     labels[:, 0] = IGNORED  # nothing stands before the first token that could predict it
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
-    return _batch(inputs, torch.from_numpy(labels), len(rows), int(lengths.sum()), multiple)
+    return _batch(inputs, torch.from_numpy(labels), tuple(lengths.tolist()), multiple)
 
 
-def _batch(inputs: dict[str, Any], labels: Tensor, examples: int, tokens: int, multiple: int) -> Batch:
+def _batch(inputs: dict[str, Any], labels: Tensor, lengths: tuple[int, ...], multiple: int) -> Batch:
     """Shift the labels and list the places that predict; on the CPU, because a GPU would wait for that list."""
     targets = shift_labels(labels).flatten()
     predicting = (targets != IGNORED).nonzero().flatten()
@@ -122,9 +124,10 @@ def _batch(inputs: dict[str, Any], labels: Tensor, examples: int, tokens: int, m
         inputs,
         predicting=torch.nn.functional.pad(predicting, (0, filling)),
         targets=torch.nn.functional.pad(targets[predicting], (0, filling), value=IGNORED),
-        examples=examples,
-        tokens=tokens,
+        examples=len(lengths),
+        tokens=sum(lengths),
         target_tokens=len(predicting),
+        pairs=sum(length * (length + 1) // 2 for length in lengths),
     )
 
 

@@ -9,7 +9,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -25,21 +24,22 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from emoft import errors
 from emoft.batching import epoch_batches
 from emoft.config import Count, Length, Seed, TrainConfig, option, parse_config
+from emoft.machine import Machine, least_seconds, measure_bandwidth, measure_flops, synchronize
 from emoft.precision import Precision, choose_device
 from emoft.template import TextFormat
 from emoft.tracking import write_json
 
 # Lengths in GPT-2 tokens of the 16,000 training messages of dair-ai/emotion (Saravia et al., EMNLP 2018), each as
 # "Emotion: {text}", by percentile; their mean is 23.0. Drawn lengths are interpolated between these.
-LENGTHS = {0: 5, 5: 9, 25: 14, 50: 21, 75: 30, 90: 39, 95: 46, 99: 58, 100: 89}
+LENGTHS = {
+    0: 5, 5: 9, 10: 10, 20: 13, 30: 15, 40: 18, 50: 21, 60: 24, 70: 27, 80: 32, 90: 39, 95: 46, 99: 58, 99.9: 67, 100: 89,
+}  # fmt: skip
 TUTORIAL, TUNED, FLATTENED, EMOFT = (
     "Trainer, as in the tutorial",
     "Trainer, tuned",
     "Trainer, tuned, padding-free",
     "emoft",
 )
-MATRIX = 2048  # rows and columns of the product whose rate is taken for the machine's
-STREAM_BYTES = 256 << 20  # of each array of the addition whose bandwidth is taken for the machine's
 
 
 @dataclass
@@ -76,65 +76,6 @@ def draw_texts(config: BenchmarkConfig, count: int, vocabulary: int) -> list[lis
     return [random.integers(vocabulary, size=n).tolist() for n in draw_lengths(count, config.max_length, config.seed)]
 
 
-# ---- The machine's limit --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the device does at best."""
-
-    flops: float  # floating-point operations per second in matrix products of the training's type
-    bandwidth: float  # bytes per second, read and written together
-
-
-def measure_machine(precision: Precision, repeats: int = 3) -> Machine:
-    """Measure the rate of a large matrix product and the bandwidth of an addition of large arrays, the best of each."""
-    a, b = (torch.randn(MATRIX, MATRIX, device=precision.device, dtype=precision.dtype) for _ in range(2))
-    product = min(_seconds(lambda: a @ b, precision.device) for _ in range(repeats))
-    x, y, z = (torch.ones(STREAM_BYTES // 4, device=precision.device) for _ in range(3))
-    addition = min(_seconds(lambda: torch.add(x, y, out=z), precision.device) for _ in range(repeats))
-    return Machine(flops=2 * MATRIX**3 / product, bandwidth=3 * STREAM_BYTES / addition)
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    function()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def limit_seconds(machine: Machine, model: GPT2Config, lengths: list[int], half: bool) -> float:
-    """Return the least time of an optimization step over texts of the given lengths.
-
-    A step has two parts, and the second cannot begin before the first ends, because clipping needs the norm of the
-    whole gradient. Each takes at least the larger of operations / rate and bytes / bandwidth.
-
-    1. Forward and backward. Operations: 2 for each weight and token forward, twice that backward (Kaplan et al., 2020,
-       section 2.1), the head's only for tokens with a target; 12 C for each layer and pair of tokens of a text that
-       see each other, which attention needs. Bytes: each weight is read forward and backward, in half precision after
-       having been read in float32 and written; each gradient is written in float32.
-    2. Update. Bytes: each gradient is read for the norm; AdamW reads weight, gradient and its two moments, and writes
-       all but the gradient: 8 x 4 bytes for each parameter.
-    """
-    width, layers = model.n_embd, model.n_layer
-    inner = model.n_inner or 4 * width
-    block_weights = layers * (4 * width**2 + 2 * width * inner)
-    head_weights = width * model.vocab_size
-    parameters = block_weights + head_weights + width * model.n_positions
-    tokens, targets = sum(lengths), sum(lengths) - len(lengths)
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
-    operations = 6 * (block_weights * tokens + head_weights * targets) + 12 * width * layers * pairs
-    weights_read = 6 + 2 * 2 if half else 2 * 4
-    forward_backward = max(operations / machine.flops, (weights_read + 4) * parameters / machine.bandwidth)
-    return forward_backward + 8 * 4 * parameters / machine.bandwidth
-
-
 # ---- Contenders: each runs in a process, a few steps whenever it is its turn ----------------------------------------
 
 
@@ -150,7 +91,7 @@ class Turns:
     def __call__(self) -> None:
         """Count a step; at the end of a turn report its seconds and peak memory, and wait for the next turn."""
         if self.left == 0:
-            _synchronize(self.device)
+            synchronize(self.device)
             self.pipe.send({"seconds": time.perf_counter() - self.started, "peak": peak_memory(self.device)})
             self.waits, self.left = True, self.steps
         if self.waits:
@@ -373,7 +314,7 @@ def measure(config: BenchmarkConfig, batch_size: int, bar: "tqdm[Any]") -> tuple
                         contender.seconds.append(result["seconds"] / config.steps)
                         contender.peak = max(filter(None, (contender.peak, result["peak"])), default=None)
                     bar.update()
-                machines.append(measure_machine(precision))
+                machines.append(Machine(measure_flops(precision), measure_bandwidth(precision)))
         finally:
             for contender in contenders:
                 contender.stop()
@@ -386,7 +327,7 @@ def measure(config: BenchmarkConfig, batch_size: int, bar: "tqdm[Any]") -> tuple
     tokens = sum(sum(lengths) for lengths in measured) / len(measured)
     best = Machine(max(m.flops for m in machines), max(m.bandwidth for m in machines))
     half = precision.dtype != torch.float32
-    limit = statistics.fmean(limit_seconds(best, model_config, lengths, half) for lengths in measured)
+    limit = statistics.fmean(least_seconds(best, model_config, lengths, half) for lengths in measured)
     times = {contender.kind: statistics.median(contender.seconds) for contender in contenders}
 
     def row(name: str, seconds: float, peak: int | None = None) -> Row:

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import GPT2Config
 
+from emoft.batching import Batch
 from emoft.config import TrainConfig
 from emoft.evaluate import Evaluation, perplexity
+from emoft.machine import training_operations
 
 STATE_FILE = "trainer_state.json"
 RESULTS_FILE = "all_results.json"
@@ -34,11 +37,12 @@ TAGS = {
     "epoch": "train/epoch",
     "samples_per_second": "speed/samples_per_second",
     "tokens_per_second": "speed/tokens_per_second",
+    "share_of_peak": "speed/share_of_peak",
     "eval_loss": "eval/loss",
     "eval_perplexity": "eval/perplexity",
 }
 # Figures that differ from run to run of the same computation stay out of the history, which a resumed run continues.
-SPEED = ("samples_per_second", "tokens_per_second")
+SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak")
 
 
 @dataclass
@@ -51,10 +55,12 @@ class RunState:
     samples: int = 0
     tokens: int = 0  # that were targets
     loss_sum: float = 0.0  # over these tokens, in nats
-    logged_seconds: float = 0.0  # the same four at the last log entry
+    operations: float = 0.0  # floating-point operations that the model's mathematics needed
+    logged_seconds: float = 0.0  # the same five at the last log entry
     logged_samples: int = 0
     logged_tokens: int = 0
     logged_loss_sum: float = 0.0
+    logged_operations: float = 0.0
     best_loss: float = math.inf  # lowest evaluation loss
     best_step: int = 0
     evaluations_since_best: int = 0
@@ -65,12 +71,21 @@ class Tracker:
     """Keeps the run's state and shows it. A context manager, so that the event file and the bar are closed."""
 
     def __init__(
-        self, config: TrainConfig, run: RunState, total_steps: int, steps_per_epoch: int, device: torch.device
+        self,
+        config: TrainConfig,
+        run: RunState,
+        total_steps: int,
+        steps_per_epoch: int,
+        shape: GPT2Config,
+        peak_flops: float,
+        device: torch.device,
     ) -> None:
         self.config = config
         self.run = run
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
+        self.shape = shape
+        self.peak_flops = peak_flops  # operations per second of the device at best
         self.output_dir = Path(config.output_dir)
         # Summed on the device: reading a number from a GPU waits for all that it still has to do.
         self.loss_sum = torch.tensor(run.loss_sum, dtype=torch.float64, device=device)
@@ -99,19 +114,24 @@ class Tracker:
         finally:
             self._clock_started = time.perf_counter()
 
-    def count_step(self, loss: Tensor, tokens: int, samples: int, skipped: bool = False) -> None:
-        """Add an optimizer step: its mean loss (on the device), its target tokens and its samples.
+    def count_step(self, loss: Tensor, batches: list[Batch], skipped: bool = False) -> None:
+        """Add an optimizer step: its mean loss (on the device), and the micro-batches it was of.
 
         A step that fp16's loss scaling skipped counts as a step only: its loss may be infinite.
         """
-        self.run.step += 1
+        run = self.run
+        run.step += 1
         self.bar.update()
         if skipped:
-            self.run.skipped_steps += 1
+            run.skipped_steps += 1
             return
+        tokens = sum(batch.target_tokens for batch in batches)
         self.loss_sum += loss.double() * tokens
-        self.run.tokens += tokens
-        self.run.samples += samples
+        run.tokens += tokens
+        run.samples += sum(batch.examples for batch in batches)
+        run.operations += sum(
+            training_operations(self.shape, batch.tokens, batch.target_tokens, batch.pairs) for batch in batches
+        )
 
     def log_step(self, grad_norm: Tensor, **metrics: float) -> None:
         """Log the steps since the last entry. Reads from the device: a CPU-GPU sync point."""
@@ -123,11 +143,17 @@ class Tracker:
             speed = {
                 "samples_per_second": (run.samples - run.logged_samples) / seconds,
                 "tokens_per_second": (run.tokens - run.logged_tokens) / seconds,
+                "share_of_peak": (run.operations - run.logged_operations) / seconds / self.peak_flops,
             }
             self._log({"loss": loss, "perplexity": perplexity(loss), "grad_norm": grad_norm.item(), **metrics, **speed})
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed['samples_per_second']:.1f} samples/s", refresh=False)
+            self.bar.set_postfix_str(
+                f"loss {loss:.3f}, {speed['samples_per_second']:.1f} samples/s,"
+                f" {speed['tokens_per_second']:,.0f} tokens/s, {speed['share_of_peak']:.0%} of peak",
+                refresh=False,
+            )
             run.logged_seconds, run.logged_samples = run.train_seconds, run.samples
             run.logged_tokens, run.logged_loss_sum = run.tokens, run.loss_sum
+            run.logged_operations = run.operations
 
     def log_evaluation(self, evaluation: Evaluation) -> bool:
         """Log an evaluation.
@@ -194,6 +220,7 @@ class Tracker:
             "train_samples_per_second": run.samples / seconds,
             "train_steps_per_second": run.step / seconds,
             "train_tokens_per_second": run.tokens / seconds,
+            "train_share_of_peak": run.operations / seconds / self.peak_flops,
         }
         if math.isfinite(run.best_loss):
             shown = run.best_loss if self.config.load_best_model_at_end else self._last("eval_loss")

@@ -4,12 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
 
+from emoft.batching import Batch, pack
 from emoft.config import TrainConfig
 from emoft.evaluate import Evaluation
 from emoft.tracking import RunState, Tracker, write_json
 
 CPU = torch.device("cpu")
+SHAPE = GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=10)
+
+
+def tracker_of(config: TrainConfig, total_steps: int, steps_per_epoch: int) -> Tracker:
+    return Tracker(config, RunState(), total_steps, steps_per_epoch, SHAPE, 1e6, CPU)
+
+
+def batch_of(targets: int, examples: int) -> Batch:
+    """A batch of so many targets: one example has all of them, the others are of a single token."""
+    rows = [{"input_ids": [1] * (targets + 1)}] + [{"input_ids": [1]}] * (examples - 1)
+    return pack(rows, pad_id=0)
 
 
 @pytest.fixture
@@ -18,12 +31,12 @@ def config(tmp_path: Path) -> TrainConfig:
 
 
 def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_entry(config: TrainConfig) -> None:
-    with Tracker(config, RunState(), total_steps=4, steps_per_epoch=2, device=CPU) as tracker:
-        tracker.count_step(torch.tensor(1.0), tokens=10, samples=2)
-        tracker.count_step(torch.tensor(4.0), tokens=30, samples=2)
+    with tracker_of(config, 4, 2) as tracker:
+        tracker.count_step(torch.tensor(1.0), [batch_of(10, 2)])
+        tracker.count_step(torch.tensor(4.0), [batch_of(30, 2)])
         tracker.log_step(torch.tensor(0.5), learning_rate=0.1)
-        tracker.count_step(torch.tensor(math.inf), tokens=30, samples=2, skipped=True)
-        tracker.count_step(torch.tensor(2.0), tokens=5, samples=1)
+        tracker.count_step(torch.tensor(math.inf), [batch_of(30, 2)], skipped=True)
+        tracker.count_step(torch.tensor(2.0), [batch_of(5, 1)])
         tracker.log_step(torch.tensor(0.5), learning_rate=0.1)
     first, second = tracker.run.log_history
     assert first["loss"] == (10 * 1 + 30 * 4) / 40
@@ -34,19 +47,32 @@ def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_entry(config: Tr
     assert tracker.results()["train_loss"] == (130 + 10) / 45
 
 
+def test_speed_is_of_what_the_mathematics_needs(config: TrainConfig) -> None:
+    with tracker_of(config, 4, 2) as tracker:
+        tracker.count_step(torch.tensor(1.0), [batch_of(10, 2), batch_of(4, 1)])
+        tracker.log_step(torch.tensor(0.5))
+    results = tracker.results()
+    # By hand: 2 blocks of 12 x 8 x 8 weights, a head of 8 x 10; 17 tokens, 14 targets; texts of 11, 1 and 5 tokens.
+    operations = 6 * (2 * 12 * 64 * 17 + 80 * 14) + 12 * 8 * 2 * (66 + 1 + 15)
+    assert tracker.run.operations == operations
+    seconds = results["train_runtime"]
+    assert results["train_share_of_peak"] == pytest.approx(operations / seconds / 1e6)
+    assert results["train_samples_per_second"] == pytest.approx(3 / seconds)
+
+
 def test_the_clock_stops(config: TrainConfig) -> None:
     import time
 
-    with Tracker(config, RunState(), total_steps=1, steps_per_epoch=1, device=CPU) as tracker:
+    with tracker_of(config, 1, 1) as tracker:
         with tracker.clock_stopped():
             time.sleep(0.5)
-        tracker.count_step(torch.tensor(1.0), tokens=10, samples=2)
+        tracker.count_step(torch.tensor(1.0), [batch_of(10, 2)])
         tracker.log_step(torch.tensor(1.0))
     assert tracker.run.train_seconds < 0.4
 
 
 def test_evaluations_without_a_new_best_are_counted(config: TrainConfig) -> None:
-    with Tracker(config, RunState(), total_steps=9, steps_per_epoch=9, device=CPU) as tracker:
+    with tracker_of(config, 9, 9) as tracker:
         best = []
         for loss in (3.0, 2.0, 2.0, 2.5, 1.0):
             tracker.run.step += 1

@@ -1,0 +1,91 @@
+"""What a training step needs, and what the device can do: operations and bytes, counted and measured."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import GPT2Config
+
+from emoft.precision import Precision
+
+# Rows and columns of the product whose rate is taken for the device's: large enough to be bound by arithmetic.
+MATRIX = {"cpu": 1024, "cuda": 8192}
+STREAM_BYTES = 256 << 20  # of each array of the addition whose bandwidth is taken for the device's
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device does at best."""
+
+    flops: float  # floating-point operations per second, in matrix products of the training's type
+    bandwidth: float  # bytes per second, read and written together
+
+
+def training_operations(model: GPT2Config, tokens: int, targets: int, pairs: int) -> float:
+    """Return the floating-point operations of a forward and a backward pass.
+
+    For each weight and token 2 forward and twice that backward (Kaplan et al., 2020, section 2.1), the head's only
+    where there is a target; and attention's 12 C for each layer and each pair of tokens that see each other.
+
+    Args:
+        model: the shape of the model.
+        tokens: of all examples.
+        targets: tokens that are predicted.
+        pairs: of a token and a token that it sees: T (T + 1) / 2 of an example of T tokens.
+    """
+    return 6.0 * (block_weights(model) * tokens + model.n_embd * model.vocab_size * targets) + (
+        12.0 * model.n_embd * model.n_layer * pairs
+    )
+
+
+def block_weights(model: GPT2Config) -> int:
+    """Return the number of weights in the matrices of all blocks."""
+    inner = model.n_inner or 4 * model.n_embd
+    return model.n_layer * (4 * model.n_embd**2 + 2 * model.n_embd * inner)
+
+
+def least_seconds(machine: Machine, model: GPT2Config, lengths: list[int], half: bool) -> float:
+    """Return the least time of an optimization step over texts of the given lengths, in tokens.
+
+    A step has two parts, and the second cannot begin before the first ends, because clipping needs the norm of the
+    whole gradient. Each takes at least the larger of operations / rate and bytes / bandwidth.
+
+    1. Forward and backward. Operations: `training_operations`. Bytes: each weight is read forward and backward; in
+       half precision it is read once in float32 and written in half before. Each gradient is written in float32.
+    2. Update. Bytes: each gradient is read for the norm; AdamW reads weight, gradient and its two moments, and writes
+       all but the gradient: 8 x 4 for each parameter.
+    """
+    tokens, pairs = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
+    parameters = block_weights(model) + model.n_embd * (model.vocab_size + model.n_positions)
+    operations = training_operations(model, tokens, tokens - len(lengths), pairs)
+    weight_bytes = 4 + 2 + 2 * 2 if half else 2 * 4
+    forward_backward = max(operations / machine.flops, (weight_bytes + 4) * parameters / machine.bandwidth)
+    return forward_backward + 8 * 4 * parameters / machine.bandwidth
+
+
+def measure_flops(precision: Precision, repeats: int = 3) -> float:
+    """Return the rate of a large matrix product in the training's type, the best of a few."""
+    size = MATRIX[precision.device.type]
+    a, b = (torch.ones(size, size, device=precision.device, dtype=precision.dtype) for _ in range(2))
+    return 2 * size**3 / min(_seconds(lambda: a @ b, precision.device) for _ in range(repeats))
+
+
+def measure_bandwidth(precision: Precision, repeats: int = 3) -> float:
+    """Return the bandwidth of an addition of large arrays, two read and one written, the best of a few."""
+    x, y, z = (torch.ones(STREAM_BYTES // 4, device=precision.device) for _ in range(3))
+    return 3 * STREAM_BYTES / min(_seconds(lambda: torch.add(x, y, out=z), precision.device) for _ in range(repeats))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has computed all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start

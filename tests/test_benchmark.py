@@ -1,0 +1,67 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from transformers import GPT2LMHeadModel
+
+from emoft.benchmark import EMOFT, FLATTENED, TUNED, TUTORIAL, draw_lengths
+
+
+def test_drawn_lengths_are_those_of_the_real_messages() -> None:
+    """Mean 23, 5th to 95th percentile 9 to 46, longest 89 tokens; end-of-text comes on top."""
+    lengths = draw_lengths(16_000, 1000, seed=0) - 1
+    assert lengths.mean() == pytest.approx(23, abs=0.4)
+    assert np.percentile(lengths, [5, 95]).tolist() == pytest.approx([9, 46], abs=1)
+    assert lengths.min() >= 5 and lengths.max() <= 89
+    assert draw_lengths(16_000, 64, seed=0).max() == 64
+
+
+def run(tmp_path: Path, *words: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "emoft.benchmark", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
+def test_measures_all_contenders_side_by_side(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(
+        tmp_path, "--model_name_or_path", tiny_model, "--batch_sizes", 2, "--turns", 2, "--steps", 2,
+        "--warmup_steps", 1, "--output_dir", out,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((out / "benchmark.json").read_text())
+    rows = {row["contender"]: row for row in report["rows"]}
+    assert list(rows)[:4] == [TUTORIAL, TUNED, FLATTENED, EMOFT]
+    assert rows[TUTORIAL]["to_tutorial"] == rows[TUNED]["to_tuned"] == 1
+    ours = rows[EMOFT]
+    assert ours["to_tutorial"] == pytest.approx(ours["samples_per_second"] / rows[TUTORIAL]["samples_per_second"])
+    assert 0 < ours["share_of_limit"] < 1
+    assert ours["peak_memory_gib"] > 0.01
+    assert report["flops"] > 0 and report["bandwidth"] > 0
+    assert (out / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    for name in rows:
+        assert f"| {name} |" in result.stdout
+
+
+def test_a_contender_that_fails_says_why(tiny_model: Path, tmp_path: Path) -> None:
+    """A model that the emoft side refuses: its positions are fewer than the longest text."""
+    short = tmp_path / "short"
+    model = GPT2LMHeadModel.from_pretrained(tiny_model)
+    model.config.n_positions = 16
+    GPT2LMHeadModel(model.config).save_pretrained(short)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (short / name).write_bytes((tiny_model / name).read_bytes())
+    result = run(tmp_path, "--model_name_or_path", short, "--batch_sizes", 2, "--output_dir", tmp_path / "out")
+    assert result.returncode == 2
+    assert "16 positions" in result.stderr.splitlines()[-1]
+
+
+def test_batch_sizes_are_checked(tmp_path: Path) -> None:
+    result = run(tmp_path, "--batch_sizes", 0, "--output_dir", tmp_path)
+    assert result.returncode == 2
+    assert "--batch_sizes" in result.stderr
