@@ -32,7 +32,8 @@ from emoft.tracking import write_json
 # Lengths in GPT-2 tokens of the 16,000 training messages of dair-ai/emotion (Saravia et al., EMNLP 2018), each as
 # "Emotion: {text}", by percentile; their mean is 23.0. Drawn lengths are interpolated between these.
 LENGTHS = {
-    0: 5, 5: 9, 10: 10, 20: 13, 30: 15, 40: 18, 50: 21, 60: 24, 70: 27, 80: 32, 90: 39, 95: 46, 99: 58, 99.9: 67, 100: 89,
+    0: 5, 5: 9, 10: 10, 20: 13, 30: 15, 40: 18, 50: 21, 60: 24, 70: 27, 80: 32, 90: 39, 95: 46, 99: 58,
+    99.9: 67, 100: 89,
 }  # fmt: skip
 TUTORIAL, TUNED, FLATTENED, EMOFT = (
     "Trainer, as in the tutorial",
