@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +90,22 @@ def generate_batch(
     input_ids = torch.tensor([[eos] * (width - len(row)) + row for row in rows], device=model.device)
     attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     room = [max_new_tokens or max_length - len(row) for row in rows]
+    if min(map(len, rows)) < width and width + max(room) > model.config.n_positions:
+        # The library lets all rows grow by the same count, the longest beyond the model's positions.
+        limits = {"max_length": max_length, "max_new_tokens": max_new_tokens}
+        options |= {"no_repeat_ngram_size": no_repeat_ngram_size, **limits}
+        return _by_length(rows, prompts, lambda part: generate_batch(model, tokenizer, part, **options))
     rules = LogitsProcessorList()
     if no_repeat_ngram_size:
         rules.append(NoRepeatNGram(no_repeat_ngram_size, [width - len(row) for row in rows]))
-    config = GenerationConfig(max_new_tokens=max(room), eos_token_id=eos, pad_token_id=eos, bos_token_id=eos, **options)
+    config = GenerationConfig(
+        max_new_tokens=max(room),
+        eos_token_id=eos,
+        pad_token_id=eos,
+        bos_token_id=eos,
+        remove_invalid_values=True,  # a model with NaN in it writes nonsense, but ends no training
+        **options,
+    )
     output: Any = model.generate(  # type: ignore[misc]  # a fault of the library's types
         input_ids,
         attention_mask=attention_mask,
@@ -111,6 +123,17 @@ def generate_batch(
         text = decode(tokenizer, rows[number] + new)
         results[number].append(Generated(prompts[number], text, len(new), finished))
     return results
+
+
+def _by_length(
+    rows: list[list[int]], prompts: Sequence[str], generate: Callable[[list[str]], list[list[Generated]]]
+) -> list[list[Generated]]:
+    """Generate the prompts of each length, in tokens, by themselves."""
+    results: dict[int, list[Generated]] = {}
+    for length in sorted({len(row) for row in rows}):
+        numbers = [number for number, row in enumerate(rows) if len(row) == length]
+        results.update(zip(numbers, generate([prompts[number] for number in numbers]), strict=True))
+    return [results[number] for number in range(len(rows))]
 
 
 class NoRepeatNGram(LogitsProcessor):
@@ -134,20 +157,24 @@ class NoRepeatNGram(LogitsProcessor):
         return torch.cat(rows)
 
 
-def sample_texts(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text_format: TextFormat, seed: int) -> list[str]:
-    """Return one sampled text for each emotion, or a single one where the template names none.
+def sample_texts(
+    model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text_format: TextFormat, seed: int
+) -> dict[str, str]:
+    """Return one sampled text for each emotion, or a single one, of the name "text", where the template names none.
 
     Model mode and random generators are left as they were, so that a training may call this between two steps.
     """
-    prompts = [text_format.prompt(label) for label in text_format.labels] or [text_format.prompt()]
+    prompts = {label: text_format.prompt(label) for label in text_format.labels} or {"text": text_format.prompt()}
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        results = generate_batch(model, tokenizer, prompts, text_format.max_length, do_sample=True, top_k=50)
+        results = generate_batch(
+            model, tokenizer, list(prompts.values()), text_format.max_length, do_sample=True, top_k=50
+        )
     model.train(was_training)
-    return [result[0].text for result in results]
+    return {name: result[0].text for name, result in zip(prompts, results, strict=True)}
 
 
 class TerminalStreamer(BaseStreamer):

@@ -30,6 +30,23 @@ def test_each_prompt_has_its_own_limit(parts: tuple) -> None:
     assert [result[0].new_tokens for result in results] == [4, 4]
 
 
+def test_prompts_of_different_lengths_stay_within_the_positions(parts: tuple) -> None:
+    """Beside a short prompt, which has more room, a long one must not grow beyond the model's 128 positions."""
+    prompts = ["i", "i feel happy because my friends " * 6, "i was so sad", "i"]
+    results = generate_batch(*parts, prompts, max_length=128)
+    for prompt, (result,) in zip(prompts, results, strict=True):
+        assert result.prompt == prompt
+        assert result.text == generate_batch(*parts, [prompt], max_length=128)[0][0].text
+
+
+def test_a_model_that_holds_nan_ends_nothing(parts: tuple) -> None:
+    model = GPT2LMHeadModel(parts[0].config).eval()
+    with torch.no_grad():
+        model.transformer.h[0].ln_1.weight[0] = float("nan")
+    (texts,) = generate_batch(model, parts[1], ["i feel"], max_new_tokens=5, do_sample=True)
+    assert len(texts) == 1
+
+
 def test_finished_means_that_the_model_ended_the_text(parts: tuple) -> None:
     model, tokenizer = parts
     eager = GPT2LMHeadModel(model.config).eval()
