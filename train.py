@@ -33,18 +33,21 @@ from emoft.checkpoint import (
     save_checkpoint,
 )
 from emoft.config import TrainConfig, parse_config, save_config
-from emoft.data import read_splits, tokenize
+from emoft.data import read_splits, tokenize, unigram_entropy
 from emoft.evaluate import evaluate
-from emoft.kernels import keep_freed_memory, use_fast_kernels
+from emoft.gradients import GradientMonitor
+from emoft.kernels import compiled, keep_freed_memory, use_fast_kernels
 from emoft.loss import summed_cross_entropy
 from emoft.machine import measure_flops
-from emoft.model import load_model, load_model_and_tokenizer, save_model
-from emoft.optim import build_optimizer, build_schedule, clip_gradients, skip_if_not_finite
+from emoft.model import decode, load_model, load_model_and_tokenizer, save_model
+from emoft.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, Step, describe, trace
+from emoft.optim import build_optimizer, build_schedule, clip_gradients
 from emoft.precision import Precision, choose_device
+from emoft.randomness import set_random_state
 from emoft.sampling import sample_texts
 from emoft.signals import StopSignals
 from emoft.template import TextFormat
-from emoft.tracking import RESULTS_FILE, RunState, Tracker, write_json
+from emoft.tracking import RESULTS_FILE, RunState, Tracker, fault_file, write_json
 
 Loaded = tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, dict[str, Dataset]]
 
@@ -101,7 +104,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     # Compiled, it is another object around the same weights: checkpoints, evaluation and samples use the plain model.
-    transformer = torch.compile(model.transformer, dynamic=True) if config.torch_compile else model.transformer
+    transformer = compiled(model.transformer) if config.torch_compile else model.transformer
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, total_steps)
     precision = Precision(config.mixed_precision, device)
@@ -126,6 +129,25 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
         save_model(folder, model, tokenizer, text_format)
         tracker.write_state(folder)
 
+    def report(bad_step: Step) -> Fault:
+        with tracker.clock_stopped():
+            fault = trace(bad_step, model, precision)
+            epoch, place = divmod(bad_step.number - 1, steps_per_epoch)
+            step_examples = epoch_batches(len(train_data), micro_batch_size, config.seed, epoch)
+            examples = sum(step_examples[place * accumulation : (place + 1) * accumulation], [])
+            texts = [decode(tokenizer, ids) for ids in fault.token_ids]
+            lines = describe(fault, examples, texts, str(output_dir / fault_file(fault.step)))
+            replay = {"seed": config.seed, "learning_rate": schedule.get_last_lr()[0], "precision": precision.name}
+            tracker.log_fault(fault, lines, {"examples": examples, "texts": texts, "epoch": epoch, **replay})
+        return fault
+
+    def save_before(bad_step: Step, fault: Fault) -> Path | None:
+        # Only where the run stands right before that step, in order, and with weights to go on from.
+        if run.step == 0 or bad_step.number != run.step + 1 or fault.parameters_not_finite:
+            return None
+        set_random_state(bad_step.random_state, device)
+        return save()
+
     output_dir = prepare_output_dir(config)
     save_config(config, output_dir / "train_config.yaml")
     print(
@@ -137,8 +159,10 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
     # ---- The loop ---------------------------------------------------------------------------------------------------
     done = run.step >= total_steps  # a resumed run may have only its end to write
     stopped_early = False
-    faults = torch.zeros((), device=device)  # steps refused because their gradient was not finite
-    tracker = Tracker(config, run, total_steps, steps_per_epoch, model.config, measure_flops(precision), device)
+    monitor = GradientMonitor(model, optimizer, config.log_gradients_every)
+    guard = NonFiniteGuard(optimizer, precision, config.on_nonfinite)
+    entropy, peak_flops = unigram_entropy(train_data), measure_flops(precision)
+    tracker = Tracker(config, run, total_steps, steps_per_epoch, model.config, entropy, peak_flops, device)
     with StopSignals() as signals, tracker:
         while not done:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
@@ -150,15 +174,24 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
             # Fetch the micro-batches of this step and count their labelled tokens, on the CPU, where they still are.
             while not done and (step_batches := list(islice(micro_batches, accumulation))):
                 step_tokens = sum(batch.target_tokens for batch in step_batches)
+                step = run.step + 1
+                is_last = step >= total_steps
+                should_log = is_last or step % config.logging_steps == 0
+                should_evaluate = can_evaluate and (is_last or step % (config.eval_steps or steps_per_epoch) == 0)
+                should_save = config.save_steps > 0 and step % config.save_steps == 0
+                should_sample = config.sample_every > 0 and step % config.sample_every == 0
+                guard.begin_step(step, step_batches)
+                monitor.begin_step(step, step_batches, scaler.get_scale())
 
                 # Forward and backward. Each micro-batch adds its part to the mean over all tokens of the step, so
                 # that 4 x 1, 2 x 2 and 1 x 4 examples give the same gradient, whatever their lengths. The head works
                 # where there is a target only; the collation has shifted the labels by one.
                 step_loss = torch.zeros((), device=device)
+                forward = model.transformer if monitor.is_on else transformer  # compiled code cannot be listened to
                 for batch in step_batches:
                     batch = batch.to(device)
                     with precision.autocast():
-                        hidden = transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
+                        hidden = forward(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
                         loss = summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
                     loss = loss / max(1, step_tokens)
                     scaler.scale(loss).backward()
@@ -167,11 +200,18 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                 # Take the loss scale out of the gradients once, now that they are complete; measure and clip them.
                 scaler.unscale_(optimizer)
                 grad_norm = clip_gradients(optimizer, config.max_grad_norm)
+                monitor.before_update()
 
-                # Refuse a gradient that is not finite: weights and optimizer must stay as they are. fp16's scaler does
-                # so by itself and lowers its scale; otherwise the optimizer is told to skip, and the run ends below.
-                if not scaler.is_enabled():
-                    faults += skip_if_not_finite(optimizer, grad_norm)
+                # Refuse a loss or gradient that is not finite: AdamW's running means would never lose it again. The
+                # step is repeated to find where it began, and then, by --on_nonfinite, the run ends or goes on without.
+                guard.refuse(step_loss, grad_norm)
+                looks = guard.looks_always or should_log or should_evaluate or should_save or signals.received
+                bad_step = guard.look() if looks else None
+                if bad_step:
+                    fault = report(bad_step)
+                    if config.on_nonfinite == "stop" or run.nonfinite_in_row == MOST_IN_A_ROW:
+                        saved_in = save_before(bad_step, fault)
+                        raise not_finite_error(fault, run, saved_in, output_dir)
 
                 # Update the weights, the loss scale and the learning rate. Optimizers skip silently: only the fallen
                 # scale tells, and a step that changed nothing must not use up the schedule.
@@ -179,22 +219,22 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                 scaler.step(optimizer)
                 scaler.update()
                 skipped = scaler.get_scale() < scale
-                if not skipped:
+                if not skipped and not bad_step:
                     schedule.step()
+                figures = monitor.after_update()
                 optimizer.zero_grad(set_to_none=True)
-                tracker.count_step(step_loss, step_batches, skipped)
+                tracker.count_step(step_loss, grad_norm, step_batches, skipped)
 
                 # Log, evaluate, save, stop if asked to. Reading a number from a GPU waits until it is computed (a sync
                 # point): a step that logs nothing reads none.
-                is_last = run.step >= total_steps
-                should_log = is_last or run.step % config.logging_steps == 0
-                should_evaluate = can_evaluate and (is_last or run.step % (config.eval_steps or steps_per_epoch) == 0)
-                should_save = config.save_steps > 0 and run.step % config.save_steps == 0
-                if (device.type == "cpu" or should_log or should_evaluate or should_save) and faults:
-                    raise not_finite_error(run.step, step_loss, output_dir)
                 if should_log:
                     fp16 = {"loss_scale": scale, "skipped_steps": run.skipped_steps} if scaler.is_enabled() else {}
                     tracker.log_step(grad_norm, learning_rate=learning_rate, **fp16)
+                if figures:
+                    tracker.log_gradients(figures)
+                if should_sample:
+                    with tracker.clock_stopped():
+                        tracker.log_samples(sample_texts(model, tokenizer, text_format, config.seed))
                 if should_evaluate:
                     with tracker.clock_stopped():
                         is_best = tracker.log_evaluation(evaluate(model, loader_of("validation"), precision))
@@ -206,26 +246,31 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                         folder = save()
                 done = is_last or stopped_early or stop_signal is not None
 
-    if run.step < total_steps and not stopped_early:
-        print(f"stopped by {signals.name} after step {run.step} and saved {folder}; to go on, run:")
-        print(f"  {resume_command(config)}")
-        return signals.exit_code
+        tracker.close_bar()
+        if run.step < total_steps and not stopped_early:
+            print(f"stopped by {signals.name} after step {run.step} and saved {folder}; to go on, run:")
+            print(f"  {resume_command(config)}")
+            return signals.exit_code
 
-    # ---- Finish: the best model, its figures, a few texts -----------------------------------------------------------
-    if stopped_early:
-        print(f"stopped early: {run.evaluations_since_best} evaluations without a better loss than at {run.best_step}")
-    if config.load_best_model_at_end and 0 < run.best_step < run.step:
-        model.load_state_dict(load_model(str(output_dir / f"checkpoint-{run.best_step}")).state_dict())
-        print(f"took the model of step {run.best_step}, the best")
-    results = tracker.results()
-    if "test" in tokenized:
-        test = evaluate(model, loader_of("test"), precision)
-        results |= {"test_loss": test.loss, "test_perplexity": test.perplexity}
-    write_model(output_dir)
-    write_json(output_dir / RESULTS_FILE, results)
+        # ---- Finish: the best model, its figures, a few texts -------------------------------------------------------
+        if stopped_early:
+            print(
+                f"stopped early: {run.evaluations_since_best} evaluations without a loss below step {run.best_step}'s"
+            )
+        if config.load_best_model_at_end and 0 < run.best_step < run.step:
+            model.load_state_dict(load_model(str(output_dir / f"checkpoint-{run.best_step}")).state_dict())
+            print(f"took the model of step {run.best_step}, the best")
+        results = tracker.results()
+        if "test" in tokenized:
+            test = evaluate(model, loader_of("test"), precision)
+            results |= {"test_loss": test.loss, "test_perplexity": test.perplexity}
+        write_model(output_dir)
+        write_json(output_dir / RESULTS_FILE, results)
+        samples = sample_texts(model, tokenizer, text_format, config.seed)
+        tracker.log_samples(samples)
+        tracker.log_results(results)
     print("\n".join(f"{name:26} {value:,.4f}" for name, value in results.items()))
-    for text in sample_texts(model, tokenizer, text_format, config.seed):
-        print(text)
+    print("\n".join(samples.values()))
     print(f"saved the model in {output_dir}; generate with: python generate.py --model_name_or_path {output_dir}")
     return 0
 
@@ -238,12 +283,16 @@ def resume_command(config: TrainConfig) -> str:
     return shlex.join(["python", *words])
 
 
-def not_finite_error(step: int, loss: torch.Tensor, output_dir: Path) -> errors.UserError:
+def not_finite_error(fault: Fault, run: RunState, saved_in: Path | None, output_dir: Path) -> errors.UserError:
     """Return the error that ends a run whose loss or gradient became infinite or NaN."""
-    return errors.UserError(
-        f"step {step}: loss {loss.item():.4g}, and a gradient that is not finite since the last log entry; no such step"
-        f" was applied, and the checkpoints in {output_dir} are sound: lower --learning_rate, or raise --warmup_steps"
-    )
+    what = f"the loss or gradient of step {fault.step} is not finite"
+    if run.nonfinite_in_row > 1:
+        what += f", as in the {run.nonfinite_in_row - 1} steps before"
+    cure = "lower --learning_rate, raise --warmup_steps, or leave such steps out by --on_nonfinite skip"
+    if fault.parameters_not_finite:
+        cure = f"the weights {fault.parameters_not_finite[0]} are not finite, start from sound ones"
+    kept = f"saved {saved_in}" if saved_in else f"checkpoints in {output_dir} are sound"
+    return errors.UserError(f"{what}; it was not applied, {kept}; {cure} (see {output_dir / fault_file(fault.step)})")
 
 
 def main() -> int:

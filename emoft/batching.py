@@ -25,10 +25,43 @@ class Batch:
     inputs: dict[str, Any]  # keyword arguments of the model: tensors, and numbers the host must know
     predicting: Tensor  # (K,) int64: places in the flattened input_ids that predict a token
     targets: Tensor  # (K,) int64: the token each of them has to predict; IGNORED where K was filled up
-    examples: int
-    tokens: int  # of the examples, without any filling
+    lengths: tuple[int, ...]  # tokens of each example
     target_tokens: int  # of them, those that are predicted: all but the first of each example
-    pairs: int  # of a token and a token of its example that it sees, itself included; tells attention's cost
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples, without any filling."""
+        return sum(self.lengths)
+
+    @property
+    def pairs(self) -> int:
+        """Of a token and a token of its example that it sees, itself included; tells attention's cost."""
+        return sum(length * (length + 1) // 2 for length in self.lengths)
+
+    def owners(self) -> Tensor:
+        """Return (B, T) int64: which example each place belongs to, counted from 0; -1 for what only fills up."""
+        mask = self.inputs.get("attention_mask")
+        if mask is not None:
+            return torch.where(mask.bool(), torch.arange(len(mask), device=mask.device)[:, None], -1)
+        owners = torch.repeat_interleave(torch.arange(self.examples), torch.tensor(self.lengths))
+        filling = self.inputs["input_ids"].numel() - self.tokens
+        return torch.nn.functional.pad(owners, (0, filling), value=-1)[None]
+
+    def token_ids(self) -> list[list[int]]:
+        """Return the tokens of each example, without any filling."""
+        ids = self.inputs["input_ids"][self.owners() >= 0]
+        return [example.tolist() for example in ids.split(self.lengths)]
+
+    def aligned_share(self) -> float:
+        """Return the share of targets that are the token right after the place that predicts them: 1 if all is well."""
+        ids, places = self.inputs["input_ids"].flatten(), self.predicting[: self.target_tokens]
+        following = ids[(places + 1).clamp(max=len(ids) - 1)]
+        return float((following == self.targets[: self.target_tokens]).float().mean())
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device. From pinned memory, the copy runs beside the computation."""
@@ -124,10 +157,8 @@ def _batch(inputs: dict[str, Any], labels: Tensor, lengths: tuple[int, ...], mul
         inputs,
         predicting=torch.nn.functional.pad(predicting, (0, filling)),
         targets=torch.nn.functional.pad(targets[predicting], (0, filling), value=IGNORED),
-        examples=len(lengths),
-        tokens=sum(lengths),
+        lengths=lengths,
         target_tokens=len(predicting),
-        pairs=sum(length * (length + 1) // 2 for length in lengths),
     )
 
 

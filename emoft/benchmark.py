@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,6 +41,8 @@ TUTORIAL, TUNED, FLATTENED, EMOFT = (
     "Trainer, tuned, padding-free",
     "emoft",
 )
+BARE, MEASURED = "emoft, without what measures gradients", "emoft, gradients measured at every step"
+CONTENDERS = {"trainer": (TUTORIAL, TUNED, FLATTENED, EMOFT), "gradients": (BARE, EMOFT, MEASURED)}
 
 
 @dataclass
@@ -50,6 +52,9 @@ class BenchmarkConfig:
     model_name_or_path: str = option("", "a GPT-2 to train (empty: GPT-2 small with random weights)")
     train_file: str = option("", "texts to train on, as for train.py (empty: drawn token ids of real texts' lengths)")
     delimiter: str = option("", "as for train.py")
+    compare: Literal["trainer", "gradients"] = option(
+        "trainer", "emoft with Trainer and the machine's limit, or with itself: what --log_gradients_every costs"
+    )
     batch_sizes: list[int] = field(default_factory=lambda: [4, 16], metadata={"help": "examples in a step"})
     turns: Count = option(5, "turns of each contender, after one to warm up")
     steps: Count = option(5, "training steps in a turn")
@@ -122,21 +127,6 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-class TimedTexts(torch.utils.data.Dataset[dict[str, list[int]]]):
-    """Texts as token ids, which count a step whenever a batch of them is fetched."""
-
-    def __init__(self, texts: list[list[int]], turns: Turns) -> None:
-        self.texts, self.turns = texts, turns
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, list[int]]]:
-        """Return a batch; called by the DataLoader."""
-        self.turns()
-        return [{"input_ids": self.texts[index]} for index in indices]
-
-
 def load_texts_and_model(
     config: BenchmarkConfig, train_config: TrainConfig
 ) -> tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, list[list[int]]]:
@@ -158,16 +148,38 @@ def load_texts_and_model(
     return model, tokenizer, TextFormat("{text}"), texts
 
 
-def run_emoft(pipe: Connection, config: BenchmarkConfig, train_config: TrainConfig) -> None:
+class NoMonitor:
+    """Stands for a loop that does not know of `emoft.gradients`: what it does costs nothing."""
+
+    is_on = False
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    def _nothing(self, *arguments: object) -> None: ...
+
+    begin_step = before_update = after_update = _nothing
+
+
+def run_emoft(pipe: Connection, config: BenchmarkConfig, train_config: TrainConfig, kind: str) -> None:
     """Train by train.py's own function."""
     import train
+
+    if kind == MEASURED:
+        train_config = replace(train_config, log_gradients_every=1)
+    elif kind == BARE:
+        setattr(train, "GradientMonitor", NoMonitor)  # noqa: B010  # a module's name, which mypy takes for fixed
 
     device = choose_device(config.use_cpu)
     turns = Turns(pipe, device, config.steps, config.warmup_steps)
 
+    def count_step(batch: dict[str, Any]) -> dict[str, Any]:  # called whenever a batch is fetched
+        turns()
+        return batch
+
     def load(train_config: TrainConfig, checkpoint: Path | None) -> Any:
         model, tokenizer, text_format, texts = load_texts_and_model(config, train_config)
-        return model, tokenizer, text_format, {"train": TimedTexts(texts, turns)}
+        rows = Dataset.from_dict({"input_ids": texts})
+        return model, tokenizer, text_format, {"train": rows.with_transform(count_step)}
 
     train.train(train_config, load)
 
@@ -233,10 +245,10 @@ def run_contender(kind: str, pipe: Connection, config: BenchmarkConfig, train_co
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    if kind == EMOFT:
-        run_emoft(pipe, config, train_config)
-    else:
+    if kind in (TUTORIAL, TUNED, FLATTENED):
         run_trainer(pipe, config, train_config, kind)
+    else:
+        run_emoft(pipe, config, train_config, kind)
 
 
 class Contender:
@@ -300,11 +312,13 @@ class Row:
     peak_memory_gib: float | None
 
 
-def measure(config: BenchmarkConfig, batch_size: int, bar: "tqdm[Any]") -> tuple[list[Row], list[Machine]]:
-    """Let all contenders take turns at one batch size."""
+def take_turns(
+    config: BenchmarkConfig, batch_size: int, bar: "tqdm[Any]"
+) -> tuple[dict[str, "Contender"], list[Machine]]:
+    """Let all contenders take turns at one batch size; the machine is measured after each round."""
     precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
     with tempfile.TemporaryDirectory() as folder:
-        contenders = [Contender(kind, config, batch_size, Path(folder)) for kind in (TUTORIAL, TUNED, FLATTENED, EMOFT)]
+        contenders = [Contender(kind, config, batch_size, Path(folder)) for kind in CONTENDERS[config.compare]]
         machines = []
         try:
             for turn in range(config.turns + 1):
@@ -319,7 +333,14 @@ def measure(config: BenchmarkConfig, batch_size: int, bar: "tqdm[Any]") -> tuple
         finally:
             for contender in contenders:
                 contender.stop()
+    return {contender.kind: contender for contender in contenders}, machines
 
+
+def compare_with_trainer(
+    config: BenchmarkConfig, batch_size: int, contenders: dict[str, Contender], machines: list[Machine]
+) -> list[Row]:
+    """Return the table of one batch size: each contender beside Trainer and the machine's limit."""
+    precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
     # The texts of the measured steps, in the order of all contenders.
     model_config, texts = _shape_and_lengths(config)
     batches = epoch_batches(len(texts), batch_size, config.seed, epoch=0)
@@ -329,7 +350,7 @@ def measure(config: BenchmarkConfig, batch_size: int, bar: "tqdm[Any]") -> tuple
     best = Machine(max(m.flops for m in machines), max(m.bandwidth for m in machines))
     half = precision.dtype != torch.float32
     limit = statistics.fmean(least_seconds(best, model_config, lengths, half) for lengths in measured)
-    times = {contender.kind: statistics.median(contender.seconds) for contender in contenders}
+    times = {kind: statistics.median(contender.seconds) for kind, contender in contenders.items()}
 
     def row(name: str, seconds: float, peak: int | None = None) -> Row:
         return Row(
@@ -337,8 +358,27 @@ def measure(config: BenchmarkConfig, batch_size: int, bar: "tqdm[Any]") -> tuple
             times[TUNED] / seconds, times[FLATTENED] / seconds, limit / seconds, None if peak is None else peak / 2**30,
         )  # fmt: skip
 
-    rows = [row(contender.kind, times[contender.kind], contender.peak) for contender in contenders]
-    return [*rows, row("the machine's limit", limit)], machines
+    rows = [row(kind, times[kind], contender.peak) for kind, contender in contenders.items()]
+    return [*rows, row("the machine's limit", limit)]
+
+
+def compare_with_itself(batch_size: int, contenders: dict[str, Contender]) -> dict[str, float]:
+    """Return what measuring gradients costs at one batch size, as shares of a step that cannot measure any.
+
+    Turn by turn, since the steps of a turn have the same texts; the median over the turns.
+    """
+
+    def cost(kind: str) -> float:
+        pairs = zip(contenders[kind].seconds, contenders[BARE].seconds, strict=True)
+        return statistics.median(seconds / bare - 1 for seconds, bare in pairs)
+
+    return {
+        "batch_size": batch_size,
+        "seconds_per_step": statistics.median(contenders[BARE].seconds),
+        "off": cost(EMOFT),
+        "every_step": cost(MEASURED),
+        "every_100_steps": cost(MEASURED) / 100,
+    }
 
 
 def _shape_and_lengths(config: BenchmarkConfig) -> tuple[GPT2Config, list[int]]:
@@ -363,6 +403,20 @@ def format_table(rows: list[Row]) -> str:
             f"| {row.batch_size} | {row.contender} | {row.seconds_per_step * 1000:,.0f} | {row.samples_per_second:,.1f}"
             f" | {row.tokens_per_second:,.0f} | {row.to_tutorial:.2f} | {row.to_tuned:.2f} | {row.to_padding_free:.2f}"
             f" | {row.share_of_limit:.0%} | {memory} |"
+        )
+    return "\n".join(lines)
+
+
+def format_costs(costs: list[dict[str, float]]) -> str:
+    """Return the costs of measuring gradients as a table in Markdown."""
+    lines = [
+        "| batch | ms a step | off | at every step | at every 100th step |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for each in costs:
+        lines.append(
+            f"| {each['batch_size']} | {each['seconds_per_step'] * 1000:,.0f} | {each['off']:+.1%}"
+            f" | {each['every_step']:+.0%} | {each['every_100_steps']:+.1%} |"
         )
     return "\n".join(lines)
 
@@ -413,20 +467,34 @@ def main() -> int:
     precision = Precision(config.mixed_precision, device)
     machine = f"{describe_machine(device)}, {precision.name}, torch {torch.__version__}"
     rows: list[Row] = []
+    costs: list[dict[str, float]] = []
     machines: list[Machine] = []
-    with tqdm(total=len(config.batch_sizes) * (config.turns + 1) * 4, unit="turn", dynamic_ncols=True) as bar:
+    turns = len(config.batch_sizes) * (config.turns + 1) * len(CONTENDERS[config.compare])
+    with tqdm(total=turns, unit="turn", dynamic_ncols=True) as bar:
         for batch_size in config.batch_sizes:
-            more_rows, more_machines = measure(config, batch_size, bar)
-            rows += more_rows
-            machines += more_machines
+            contenders, measured = take_turns(config, batch_size, bar)
+            machines += measured
+            if config.compare == "trainer":
+                rows += compare_with_trainer(config, batch_size, contenders, measured)
+            else:
+                costs.append(compare_with_itself(batch_size, contenders))
     best = Machine(max(m.flops for m in machines), max(m.bandwidth for m in machines))
     rates = f"{best.flops / 1e12:.2f} TFLOP/s and {best.bandwidth / 1e9:.0f} GB/s measured"
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(
         output_dir / "benchmark.json",
-        {"machine": machine, **asdict(best), "config": asdict(config), "rows": [asdict(row) for row in rows]},
+        {
+            "machine": machine,
+            **asdict(best),
+            "config": asdict(config),
+            "rows": [asdict(row) for row in rows],
+            "costs": costs,
+        },
     )
+    if costs:
+        print(f"{machine}\n\n{format_costs(costs)}\n\nsaved in {output_dir}")
+        return 0
     print(f"{machine}; {rates}\n\n{format_table(rows)}\n")
     if find_spec("matplotlib") is None:
         errors.warn("no chart without the package matplotlib: run pip install matplotlib")

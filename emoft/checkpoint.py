@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from emoft.config import TrainConfig
 from emoft.errors import UserError
 from emoft.precision import Precision
+from emoft.randomness import random_state, set_random_state
 
 STATE_FILE = "training_state.pt"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -25,6 +26,7 @@ FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "use_cpu",
     "per_device_eval_batch_size", "gradient_checkpointing", "torch_compile", "early_stopping_patience",
     "load_best_model_at_end", "model_name_or_path", "config_overrides", "vocab_size", "tokenizer_name", "test_file",
+    "log_gradients_every", "sample_every", "on_nonfinite",
 }  # fmt: skip
 
 
@@ -141,17 +143,14 @@ def capture_state(
 
     The position in the data is the step itself, since the order is a function of seed and epoch.
     """
-    state: dict[str, Any] = {
+    return {
         "config": asdict(config),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "scaler": precision.scaler.state_dict(),
-        "torch_rng": torch.get_rng_state(),
+        "random_state": random_state(precision.device),
         "run": run,
     }
-    if precision.device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(precision.device)
-    return state
 
 
 def load_state(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
@@ -183,6 +182,4 @@ def restore_state(state: dict[str, Any], optimizer: AdamW, schedule: LambdaLR, p
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     precision.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["torch_rng"])
-    if precision.device.type == "cuda" and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], precision.device)
+    set_random_state(state["random_state"], precision.device)

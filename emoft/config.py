@@ -120,6 +120,15 @@ class TrainConfig:
     early_stopping_patience: CountOrOff = option(0, "stop after so many evaluations without a new best (0: off)")
     resume_from_checkpoint: str = option("", "go on from this checkpoint folder, or from the `latest` of output_dir")
 
+    # Debugging
+    log_gradients_every: CountOrOff = option(
+        0, "optimizer steps between two looks at weights, gradients, updates and activations of each block (0: off)"
+    )
+    sample_every: CountOrOff = option(0, "optimizer steps between two rounds of sample texts (0: at the end only)")
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "when a loss or gradient is infinite or NaN: stop, or skip that step (ten in a row stop)"
+    )
+
     # Device
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 
@@ -156,16 +165,21 @@ class GenerateConfig:
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
-class _Parser(HfArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """Ends with one line instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise the message; argparse's own would print a page and exit."""
         unknown, _, rest = message.partition("unrecognized arguments: ")
         if not unknown and rest.startswith("--"):
             flag = rest.split()[0].split("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             message = f"unknown flag {flag}" + (f", did you mean {near[0]}?" if near else ", see --help")
         raise UserError(message)
+
+
+class _Parser(OneLineParser, HfArgumentParser):
+    """Makes flags of a dataclass."""
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:

@@ -282,3 +282,17 @@ def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, s
         new_fingerprint=_fingerprint(rows._fingerprint, json.dumps(vocabulary), repr(text_format)),
         desc=f"Tokenizing {split}",
     )
+
+
+def unigram_entropy(rows: Dataset) -> float:
+    """Return the entropy of the frequencies of the target tokens in a tokenized split, in nats.
+
+    It is the loss of a model that knows how frequent each token is and nothing else, the least that context must beat
+    (Shannon, 1951).
+    """
+    texts = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
+    ids, lengths = pc.list_flatten(texts).to_numpy(), pc.list_value_length(texts).to_numpy()
+    starts = np.cumsum(lengths) - lengths  # the first token of a text is no target
+    counts = np.bincount(np.delete(ids, starts))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -1,7 +1,8 @@
-"""Faster ways to compute the same functions: GPT-2's activation, dropout on the CPU, memory that is kept."""
+"""Faster ways to compute the same functions: activation, dropout on the CPU, compiled code, memory that is kept."""
 
 import ctypes
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
+
+from emoft.errors import UserError
 
 
 def use_fast_kernels(model: GPT2LMHeadModel) -> None:
@@ -59,6 +62,26 @@ class _Dropout(torch.autograd.Function):
 
 def _masked(values: Tensor, kept: Tensor, scale: float) -> Tensor:
     return kept.to(values.dtype).mul_(scale).mul_(values)
+
+
+def compiled(transformer: nn.Module) -> Callable[..., Any]:
+    """Return a compiled form of a model's transformer, over the same weights; made when it is first called.
+
+    The number of tokens differs from batch to batch: it is a variable of the compiled code, which is made only once.
+
+    Raises:
+        UserError: this machine cannot compile.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=next(transformer.parameters()).device))
+    except Exception as error:  # each backend has its own types for what is one case to the user
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"--torch_compile: nothing can be compiled here ({reason}): install a C++ compiler (on Debian and Ubuntu"
+            " g++ and python3-dev), or drop the flag"
+        ) from None
+    function: Callable[..., Any] = torch.compile(transformer, dynamic=True)
+    return function
 
 
 def keep_freed_memory() -> None:

@@ -1,8 +1,10 @@
 """What a training step needs, and what the device can do: operations and bytes, counted and measured."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import GPT2Config
@@ -75,6 +77,17 @@ def measure_bandwidth(precision: Precision, repeats: int = 3) -> float:
     """Return the bandwidth of an addition of large arrays, two read and one written, the best of a few."""
     x, y, z = (torch.ones(STREAM_BYTES // 4, device=precision.device) for _ in range(3))
     return 3 * STREAM_BYTES / min(_seconds(lambda: torch.add(x, y, out=z), precision.device) for _ in range(repeats))
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Return the bytes that the process holds; on a GPU the most that were allocated there; None if not to be had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def synchronize(device: torch.device) -> None:

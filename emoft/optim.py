@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,7 +14,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     """Return AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices, not on biases and LayerNorms.
 
     The fused kernel updates all parameters in one pass. It also scales the gradients by itself, and skips an update,
-    as `optimizer.grad_scale` and `optimizer.found_inf` say: see `clip_gradients` and `skip_if_not_finite`.
+    as `optimizer.grad_scale` and `optimizer.found_inf` say: see `clip_gradients` and `emoft.nonfinite`.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -77,18 +76,6 @@ def clip_gradients(optimizer: AdamW, max_grad_norm: float) -> Tensor:
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    optimizer.grad_scale = (norm / (max_grad_norm or math.inf)).clamp(min=1.0)  # type: ignore[attr-defined]
+    scale = (norm / (max_grad_norm or math.inf)).clamp(min=1.0)
+    optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]  # the type that the kernel reads
     return norm
-
-
-def skip_if_not_finite(optimizer: AdamW, grad_norm: Tensor) -> Tensor:
-    """Make the next `optimizer.step()` change nothing if the gradient norm is infinite or NaN.
-
-    The decision is taken by the fused kernel on the device, so that no step waits for it.
-
-    Returns:
-        1.0 if the step will be skipped, else 0.0: a tensor without dimensions, on the device.
-    """
-    not_finite = (~torch.isfinite(grad_norm)).float()
-    optimizer.found_inf = not_finite  # type: ignore[attr-defined]  # read by the fused kernel
-    return not_finite

@@ -12,37 +12,32 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 from transformers import GPT2Config
 
 from emoft.batching import Batch
+from emoft.charts import GROUPS, GUIDE, GUIDE_LEVEL, LAYOUT, TAGS, heat_map
 from emoft.config import TrainConfig
 from emoft.evaluate import Evaluation, perplexity
-from emoft.machine import training_operations
+from emoft.gradients import Figures
+from emoft.machine import memory_in_use, training_operations
+from emoft.nonfinite import Fault
 
 STATE_FILE = "trainer_state.json"
 RESULTS_FILE = "all_results.json"
 EVENTS_FOLDER = "runs"
 
-# Where each figure of a log entry stands in TensorBoard. Units: nats, tokens and samples per second, 1 for the rest.
-TAGS = {
-    "loss": "train/loss",
-    "perplexity": "train/perplexity",
-    "grad_norm": "train/grad_norm",
-    "learning_rate": "train/learning_rate",
-    "loss_scale": "train/loss_scale",
-    "skipped_steps": "train/skipped_steps",
-    "epoch": "train/epoch",
-    "samples_per_second": "speed/samples_per_second",
-    "tokens_per_second": "speed/tokens_per_second",
-    "share_of_peak": "speed/share_of_peak",
-    "eval_loss": "eval/loss",
-    "eval_perplexity": "eval/perplexity",
-}
 # Figures that differ from run to run of the same computation stay out of the history, which a resumed run continues.
-SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak")
+SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak", "memory_gib")
+# What a log entry tells of the steps since the entry before.
+SUMS = ("train_seconds", "samples", "tokens", "operations", "loss_sum", "loss_tokens", "clipped_steps")
+DESCRIPTIONS = dict(TAGS.values())
+FINAL = ("train_loss", "eval_loss", "perplexity", "train_samples_per_second")  # of the HParams table
+COLUMNS = 512  # measured steps that the heat map keeps
 
 
 @dataclass
@@ -51,20 +46,27 @@ class RunState:
 
     step: int = 0  # optimizer steps taken
     skipped_steps: int = 0  # of them, those whose update fp16's loss scaling dropped
+    nonfinite_steps: int = 0  # of them, those whose loss or gradient was infinite or NaN
+    nonfinite_in_row: int = 0  # of these, the latest ones without another step between
+    last_nonfinite_step: int = 0
+    clipped_steps: int = 0
     train_seconds: float = 0.0  # without evaluating, saving and sampling
     samples: int = 0
     tokens: int = 0  # that were targets
-    loss_sum: float = 0.0  # over these tokens, in nats
     operations: float = 0.0  # floating-point operations that the model's mathematics needed
-    logged_seconds: float = 0.0  # the same five at the last log entry
-    logged_samples: int = 0
-    logged_tokens: int = 0
-    logged_loss_sum: float = 0.0
-    logged_operations: float = 0.0
+    loss_sum: float = 0.0  # over the targets of all steps that were applied, in nats
+    loss_tokens: int = 0  # how many those are
+    logged: dict[str, float] = field(default_factory=dict)  # SUMS and the step at the last log entry
     best_loss: float = math.inf  # lowest evaluation loss
     best_step: int = 0
     evaluations_since_best: int = 0
+    depth_steps: list[int] = field(default_factory=list)  # the steps whose gradients were measured
+    depth_norms: list[list[float]] = field(default_factory=list)  # and the norm of each block at them
     log_history: list[dict[str, Any]] = field(default_factory=list)
+
+    def since_log(self, name: str) -> float:
+        """Return how much a sum has grown since the last log entry."""
+        return float(getattr(self, name)) - self.logged.get(name, 0)
 
 
 class Tracker:
@@ -77,6 +79,7 @@ class Tracker:
         total_steps: int,
         steps_per_epoch: int,
         shape: GPT2Config,
+        unigram_entropy: float,
         peak_flops: float,
         device: torch.device,
     ) -> None:
@@ -85,25 +88,43 @@ class Tracker:
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.shape = shape
+        self.unigram_entropy = unigram_entropy  # of the train split's targets, in nats
         self.peak_flops = peak_flops  # operations per second of the device at best
+        self.device = device
         self.output_dir = Path(config.output_dir)
-        # Summed on the device: reading a number from a GPU waits for all that it still has to do.
-        self.loss_sum = torch.tensor(run.loss_sum, dtype=torch.float64, device=device)
+        # Loss, targets and clipped steps, summed on the device: reading a number from a GPU waits for all that it
+        # still has to do.
+        sums = [run.loss_sum, run.loss_tokens, run.clipped_steps]
+        self._sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        self._batches: list[Batch] = []  # of the latest step
+        self._described: set[str] = set()
         self._clock_started = time.perf_counter()
 
     def __enter__(self) -> "Tracker":
         self.bar = tqdm(total=self.total_steps, initial=self.run.step, desc="Training", unit="step", dynamic_ncols=True)
-        # A resumed run hides what the interrupted one wrote after its last checkpoint.
-        purge_step = self.run.step + 1 if self.run.step else None
-        self.writer = SummaryWriter(str(self.output_dir / EVENTS_FOLDER), purge_step=purge_step)
+        # A resumed run hides what the interrupted one wrote after its last checkpoint. TensorBoard does so from the
+        # second such mark on: the first one must be there from the beginning.
+        self.writer = SummaryWriter(str(self.output_dir / EVENTS_FOLDER), purge_step=self.run.step + 1)
+        self.writer.add_custom_scalars(LAYOUT)
+        if self.run.step == 0:
+            self.writer.add_text("guide", GUIDE, 0)
+        # The run's configuration for the HParams table. The writer's own `add_hparams` would open a second run.
+        values = {name: str(v) if isinstance(v, list) else v for name, v in asdict(self.config).items()}
+        experiment, start, self._session_end = hparams(values, dict.fromkeys(f"final/{name}" for name in FINAL))
+        for summary in (experiment, start):
+            self._add_summary(summary)
         self._clock_started = time.perf_counter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.close()
+        self.close_bar()
         self.writer.close()
+
+    def close_bar(self) -> None:
+        """End the bar's line, so that what is printed stands below it."""
+        self.bar.close()
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -114,46 +135,75 @@ class Tracker:
         finally:
             self._clock_started = time.perf_counter()
 
-    def count_step(self, loss: Tensor, batches: list[Batch], skipped: bool = False) -> None:
-        """Add an optimizer step: its mean loss (on the device), and the micro-batches it was of.
+    def count_step(self, loss: Tensor, grad_norm: Tensor, batches: list[Batch], skipped: bool = False) -> None:
+        """Add an optimizer step.
 
-        A step that fp16's loss scaling skipped counts as a step only: its loss may be infinite.
+        Args:
+            loss: its mean over all targets, on the device.
+            grad_norm: before clipping, likewise. If loss or norm is not finite, the step changed nothing, and does not
+                count for the mean of losses.
+            batches: its micro-batches.
+            skipped: whether fp16's loss scaling dropped the update.
         """
         run = self.run
+        self._batches = batches
         run.step += 1
-        self.bar.update()
-        if skipped:
-            run.skipped_steps += 1
-            return
-        tokens = sum(batch.target_tokens for batch in batches)
-        self.loss_sum += loss.double() * tokens
-        run.tokens += tokens
+        run.skipped_steps += skipped
         run.samples += sum(batch.examples for batch in batches)
+        tokens = sum(batch.target_tokens for batch in batches)
+        run.tokens += tokens
         run.operations += sum(
             training_operations(self.shape, batch.tokens, batch.target_tokens, batch.pairs) for batch in batches
         )
+        is_clipped = grad_norm > (self.config.max_grad_norm or math.inf)
+        row = torch.stack([loss * tokens, torch.full_like(loss, tokens), is_clipped]).double()
+        self._sums += torch.where(loss.isfinite() & grad_norm.isfinite(), row, 0)
+        self.bar.update()
+
+    def _read_sums(self) -> None:
+        """Read from the device: a CPU-GPU sync point."""
+        run = self.run
+        run.loss_sum, loss_tokens, clipped_steps = self._sums.tolist()
+        run.loss_tokens, run.clipped_steps = int(loss_tokens), int(clipped_steps)
 
     def log_step(self, grad_norm: Tensor, **metrics: float) -> None:
         """Log the steps since the last entry. Reads from the device: a CPU-GPU sync point."""
         run = self.run
         with self.clock_stopped():
-            run.loss_sum = self.loss_sum.item()
-            loss = (run.loss_sum - run.logged_loss_sum) / max(1, run.tokens - run.logged_tokens)
-            seconds = max(1e-9, run.train_seconds - run.logged_seconds)
+            self._read_sums()
+            loss = (
+                run.since_log("loss_sum") / run.since_log("loss_tokens") if run.since_log("loss_tokens") else math.nan
+            )
+            seconds = max(1e-9, run.since_log("train_seconds"))
             speed = {
-                "samples_per_second": (run.samples - run.logged_samples) / seconds,
-                "tokens_per_second": (run.tokens - run.logged_tokens) / seconds,
-                "share_of_peak": (run.operations - run.logged_operations) / seconds / self.peak_flops,
+                "samples_per_second": run.since_log("samples") / seconds,
+                "tokens_per_second": run.since_log("tokens") / seconds,
+                "share_of_peak": run.since_log("operations") / seconds / self.peak_flops,
             }
-            self._log({"loss": loss, "perplexity": perplexity(loss), "grad_norm": grad_norm.item(), **metrics, **speed})
+            if memory := memory_in_use(self.device):
+                speed["memory_gib"] = memory / 2**30
+            figures = {
+                "loss": loss,
+                "perplexity": perplexity(loss),
+                "grad_norm": grad_norm.item(),
+                "clipped_share": run.since_log("clipped_steps") / max(1, run.since_log("step")),
+                **metrics,
+            }
+            self._log({**figures, **speed})
+            self._add_scalars(
+                {
+                    "train/unigram_entropy": self.unigram_entropy,
+                    "train/nonfinite_steps": run.nonfinite_steps,
+                    "train/max_grad_norm": self.config.max_grad_norm or math.nan,
+                    "train/label_alignment": min(batch.aligned_share() for batch in self._batches),
+                }
+            )
             self.bar.set_postfix_str(
                 f"loss {loss:.3f}, {speed['samples_per_second']:.1f} samples/s,"
                 f" {speed['tokens_per_second']:,.0f} tokens/s, {speed['share_of_peak']:.0%} of peak",
                 refresh=False,
             )
-            run.logged_seconds, run.logged_samples = run.train_seconds, run.samples
-            run.logged_tokens, run.logged_loss_sum = run.tokens, run.loss_sum
-            run.logged_operations = run.operations
+            run.logged = {name: getattr(run, name) for name in (*SUMS, "step")}
 
     def log_evaluation(self, evaluation: Evaluation) -> bool:
         """Log an evaluation.
@@ -174,16 +224,74 @@ class Tracker:
         )
         return is_best
 
+    def log_gradients(self, figures: Figures) -> None:
+        """Show the measurements of a step, and the heat map of all measured steps."""
+        run = self.run
+        self._add_scalars({**figures.scalars, "update_ratio/guide": GUIDE_LEVEL})
+        for tag, shape in figures.histograms.items():
+            self.writer.add_histogram_raw(
+                tag, min=shape.low, max=shape.high, num=sum(shape.counts), sum=shape.total, sum_squares=shape.squares,
+                bucket_limits=shape.limits, bucket_counts=shape.counts, global_step=run.step,
+            )  # fmt: skip
+        if len(run.depth_steps) == COLUMNS:  # a long run: keep every second column
+            run.depth_steps, run.depth_norms = run.depth_steps[1::2], run.depth_norms[1::2]
+        run.depth_steps.append(run.step)
+        run.depth_norms.append(figures.depth)
+        # Redrawn whenever it has grown by a twentieth: at every step, the pictures would fill the disk.
+        if len(run.depth_steps) % max(1, len(run.depth_steps) // 20) == 0:
+            self._draw_heat_map()
+
+    def _draw_heat_map(self) -> None:
+        picture = heat_map(self.run.depth_steps, self.run.depth_norms)
+        self.writer.add_image("gradient_norm_by_block", picture, self.run.step, dataformats="HWC")
+
+    def log_samples(self, texts: dict[str, str]) -> None:
+        """Show sample texts, by emotion, in the Text tab."""
+        for name, text in texts.items():
+            self.writer.add_text(f"samples/{name}", _verbatim(text), self.run.step)
+
+    def log_fault(self, fault: Fault, lines: list[str], details: dict[str, Any]) -> None:
+        """Tell of a step that was not finite: on the terminal, in the Text tab, and in nonfinite-STEP.json."""
+        run = self.run
+        run.nonfinite_steps += 1
+        run.nonfinite_in_row = run.nonfinite_in_row + 1 if fault.step == run.last_nonfinite_step + 1 else 1
+        run.last_nonfinite_step = fault.step
+        write_json(self.output_dir / fault_file(fault.step), {**asdict(fault), **details})
+        tqdm.write("\n".join(lines))
+        self.writer.add_text("nonfinite", _verbatim("\n".join(lines)), fault.step)
+        self._add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)
+
+    def log_results(self, results: dict[str, float]) -> None:
+        """Show the final figures: in the HParams table beside the run's configuration."""
+        if self.run.depth_steps:
+            self._draw_heat_map()
+        self._add_scalars({f"final/{name}": results[name] for name in FINAL if name in results})
+        self._add_summary(self._session_end)
+
     def _log(self, metrics: dict[str, float]) -> None:
         step, epoch = self.run.step, self.run.step / self.steps_per_epoch
-        for name, value in {**metrics, "epoch": epoch}.items():
-            self.writer.add_scalar(TAGS[name], value, step)
+        self._add_scalars({TAGS[name][0]: value for name, value in {**metrics, "epoch": epoch}.items()})
         history = {name: value for name, value in metrics.items() if name not in SPEED}
         self.run.log_history.append({**history, "epoch": round(epoch, 6), "step": step})
 
+    def _add_scalars(self, values: dict[str, float], step: int | None = None) -> None:
+        """Add a point to each of some curves; to the first of each, what the curve means."""
+        step = self.run.step if step is None else step
+        for tag, value in values.items():
+            scalar = Summary.Value(tag=tag, simple_value=value)
+            if tag not in self._described:
+                self._described.add(tag)
+                description = DESCRIPTIONS.get(tag) or GROUPS.get(tag.partition("/")[0], "")
+                plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+                scalar.metadata.CopyFrom(SummaryMetadata(plugin_data=plugin, summary_description=description))
+            self._add_summary(Summary(value=[scalar]), step)
+
+    def _add_summary(self, summary: Any, step: int | None = None) -> None:
+        self.writer._get_file_writer().add_summary(summary, step)  # what the writer's own methods call
+
     def state_for_checkpoint(self) -> dict[str, Any]:
         """Return the run's state as plain numbers, lists and dicts. Reads from the device: a CPU-GPU sync point."""
-        self.run.loss_sum = self.loss_sum.item()
+        self._read_sums()
         return asdict(self.run)
 
     def write_state(self, folder: Path) -> None:
@@ -212,10 +320,10 @@ class Tracker:
         """Return the figures of the whole run, by the Trainer's names. Seconds are those of training alone."""
         run = self.run
         seconds = max(1e-9, run.train_seconds)
-        run.loss_sum = self.loss_sum.item()
+        self._read_sums()
         figures: dict[str, float] = {
             "epoch": run.step / self.steps_per_epoch,
-            "train_loss": run.loss_sum / max(1, run.tokens),
+            "train_loss": run.loss_sum / max(1, run.loss_tokens),
             "train_runtime": run.train_seconds,
             "train_samples_per_second": run.samples / seconds,
             "train_steps_per_second": run.step / seconds,
@@ -231,6 +339,11 @@ class Tracker:
         return next(float(entry[name]) for entry in reversed(self.run.log_history) if name in entry)
 
 
+def fault_file(step: int) -> str:
+    """Return the name of the file that tells of a step that was not finite."""
+    return f"nonfinite-{step}.json"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON beside the target and rename it, so that a reader never sees half a file.
 
@@ -239,6 +352,11 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _verbatim(text: str) -> str:
+    """Return Markdown that shows a text as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _finite(content: Any) -> Any:

@@ -114,6 +114,14 @@ class WarmScripts:
         self.server.wait(timeout=30)
 
 
+def read_scalars(output_dir: Path) -> dict[str, dict[int, float]]:
+    """All curves of a run as TensorBoard's own reader finds them: tag -> step -> value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output_dir / "runs"), size_guidance={"scalars": 0}).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
 @pytest.fixture(scope="session")
 def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmScripts]:
     warm = WarmScripts(tmp_path_factory.mktemp("scripts"))

@@ -2,6 +2,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+import emoft.batching
 from emoft.batching import build_loader, epoch_batches, length_sorted_batches, pack, pad
 from emoft.loss import IGNORED
 
@@ -32,6 +33,28 @@ ROWS = [{"input_ids": [5, 6, 0]}, {"input_ids": [8]}, {"input_ids": [9, 0]}]  # 
 def targets_by_place(batch) -> dict[int, int]:
     pairs = zip(batch.predicting.tolist(), batch.targets.tolist(), strict=True)
     return {place: target for place, target in pairs if target != IGNORED}
+
+
+@pytest.mark.parametrize("collate", [pack, pad])
+def test_what_a_batch_says_of_its_examples(collate) -> None:
+    batch = collate(ROWS, pad_id=0, multiple=8 if collate is pack else 1)
+    assert batch.token_ids() == [row["input_ids"] for row in ROWS]
+    owners = batch.owners()
+    assert owners.shape == batch.inputs["input_ids"].shape
+    assert owners.flatten().tolist() == (
+        [0, 0, 0, 1, 2, 2, -1, -1] if collate is pack else [0, 0, 0, 1, -1, -1, 2, 2, -1]
+    )
+    assert (batch.examples, batch.tokens, batch.pairs) == (3, 6, 6 + 1 + 3)
+    assert batch.aligned_share() == 1
+
+
+@pytest.mark.parametrize("collate", [pack, pad])
+@pytest.mark.parametrize("shifts", [0, 2])
+def test_labels_shifted_wrongly_are_seen(collate, shifts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = emoft.batching.shift_labels
+    monkeypatch.setattr(emoft.batching, "shift_labels", lambda x: x if shifts == 0 else once(once(x)))
+    rows = [{"input_ids": list(range(1, length))} for length in (5, 9, 2, 12)]
+    assert collate(rows, pad_id=0).aligned_share() < 0.1  # the last token may stand for its own next one
 
 
 class TestPacked:

@@ -48,6 +48,18 @@ def test_measures_all_contenders_side_by_side(tiny_model: Path, tmp_path: Path) 
         assert f"| {name} |" in result.stdout
 
 
+def test_what_measuring_gradients_costs(tiny_model: Path, tmp_path: Path) -> None:
+    result = run(
+        tmp_path, "--compare", "gradients", "--model_name_or_path", tiny_model, "--batch_sizes", 2, "--turns", 2,
+        "--steps", 3, "--warmup_steps", 1, "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (cost,) = json.loads((tmp_path / "benchmark.json").read_text())["costs"]
+    assert cost["every_step"] > 0.05, "of so small a model it costs more than a step: else nothing was measured"
+    assert cost["every_100_steps"] == pytest.approx(cost["every_step"] / 100)
+    assert "at every 100th step |" in result.stdout
+
+
 def test_a_contender_that_fails_says_why(tiny_model: Path, tmp_path: Path) -> None:
     """A model that the emoft side refuses: its positions are fewer than the longest text."""
     short = tmp_path / "short"

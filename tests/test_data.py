@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import GPT2Tokenizer
 
 from emoft.config import TrainConfig
-from emoft.data import encode, read_splits, tokenize
+from emoft.data import encode, read_splits, tokenize, unigram_entropy
 from emoft.template import TextFormat
 
 # What other readers take for a missing value, a number, two columns or two lines.
@@ -140,3 +141,9 @@ def test_a_second_run_does_not_tokenize_again(run: Callable[..., Result], tiny_m
         result = run("train.py", *words, "--template", "{text} " + str(tmp_path), "--output_dir", output_dir, **home)
         assert result.code == 0, result.err
         assert ("Tokenizing train" in result.err) == bar
+
+
+def test_unigram_entropy_is_of_all_tokens_but_the_first_of_each_text() -> None:
+    rows = Dataset.from_dict({"input_ids": [[7, 1, 2], [7], [9, 1, 1, 3]]})
+    shares = [3 / 5, 1 / 5, 1 / 5]  # of the tokens 1, 2 and 3
+    assert unigram_entropy(rows) == pytest.approx(-sum(share * math.log(share) for share in shares))

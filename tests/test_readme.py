@@ -4,6 +4,7 @@ import re
 
 from conftest import ROOT
 
+from emoft.benchmark import BenchmarkConfig
 from emoft.config import GenerateConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,9 +19,10 @@ def test_the_pointers_into_the_code_are_at_their_places() -> None:
 
 
 def test_every_flag_it_names_exists() -> None:
-    known = {*TrainConfig.__dataclass_fields__, *GenerateConfig.__dataclass_fields__, "config", "help", "version"}
+    configs = (TrainConfig, GenerateConfig, BenchmarkConfig)
+    known = {"config", "help"}.union(*(config.__dataclass_fields__ for config in configs))
     known |= {f"no_{name}" for name in known}
-    others = {"logdir"}  # of tensorboard
+    others = {"logdir", "samples_per_plugin"}  # of tensorboard
     named = set(re.findall(r"--([a-z_]+)", README))
     assert named - known - others == set()
 

@@ -12,11 +12,12 @@ from emoft.evaluate import Evaluation
 from emoft.tracking import RunState, Tracker, write_json
 
 CPU = torch.device("cpu")
+NORM = torch.tensor(0.5)  # of a gradient, too small to be clipped
 SHAPE = GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=10)
 
 
 def tracker_of(config: TrainConfig, total_steps: int, steps_per_epoch: int) -> Tracker:
-    return Tracker(config, RunState(), total_steps, steps_per_epoch, SHAPE, 1e6, CPU)
+    return Tracker(config, RunState(), total_steps, steps_per_epoch, SHAPE, 5.0, 1e6, CPU)
 
 
 def batch_of(targets: int, examples: int) -> Batch:
@@ -31,12 +32,13 @@ def config(tmp_path: Path) -> TrainConfig:
 
 
 def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_entry(config: TrainConfig) -> None:
-    with tracker_of(config, 4, 2) as tracker:
-        tracker.count_step(torch.tensor(1.0), [batch_of(10, 2)])
-        tracker.count_step(torch.tensor(4.0), [batch_of(30, 2)])
+    with tracker_of(config, 5, 2) as tracker:
+        tracker.count_step(torch.tensor(1.0), NORM, [batch_of(10, 2)])
+        tracker.count_step(torch.tensor(4.0), NORM, [batch_of(30, 2)])
         tracker.log_step(torch.tensor(0.5), learning_rate=0.1)
-        tracker.count_step(torch.tensor(math.inf), [batch_of(30, 2)], skipped=True)
-        tracker.count_step(torch.tensor(2.0), [batch_of(5, 1)])
+        tracker.count_step(torch.tensor(1.0), torch.tensor(math.inf), [batch_of(30, 2)], skipped=True)
+        tracker.count_step(torch.tensor(math.nan), NORM, [batch_of(30, 2)])
+        tracker.count_step(torch.tensor(2.0), NORM, [batch_of(5, 1)])
         tracker.log_step(torch.tensor(0.5), learning_rate=0.1)
     first, second = tracker.run.log_history
     assert first["loss"] == (10 * 1 + 30 * 4) / 40
@@ -47,9 +49,18 @@ def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_entry(config: Tr
     assert tracker.results()["train_loss"] == (130 + 10) / 45
 
 
+def test_the_share_of_clipped_steps_is_since_the_last_entry(config: TrainConfig) -> None:
+    with tracker_of(config, 6, 6) as tracker:
+        for step, norm in enumerate([0.5, 2.0, 3.0, 0.9, 1.1, math.nan], start=1):
+            tracker.count_step(torch.tensor(1.0), torch.tensor(norm), [batch_of(3, 1)])
+            if step % 3 == 0:
+                tracker.log_step(torch.tensor(norm))
+    assert [entry["clipped_share"] for entry in tracker.run.log_history] == [2 / 3, 1 / 3]
+
+
 def test_speed_is_of_what_the_mathematics_needs(config: TrainConfig) -> None:
     with tracker_of(config, 4, 2) as tracker:
-        tracker.count_step(torch.tensor(1.0), [batch_of(10, 2), batch_of(4, 1)])
+        tracker.count_step(torch.tensor(1.0), NORM, [batch_of(10, 2), batch_of(4, 1)])
         tracker.log_step(torch.tensor(0.5))
     results = tracker.results()
     # By hand: 2 blocks of 12 x 8 x 8 weights, a head of 8 x 10; 17 tokens, 14 targets; texts of 11, 1 and 5 tokens.
@@ -66,7 +77,7 @@ def test_the_clock_stops(config: TrainConfig) -> None:
     with tracker_of(config, 1, 1) as tracker:
         with tracker.clock_stopped():
             time.sleep(0.5)
-        tracker.count_step(torch.tensor(1.0), [batch_of(10, 2)])
+        tracker.count_step(torch.tensor(1.0), NORM, [batch_of(10, 2)])
         tracker.log_step(torch.tensor(1.0))
     assert tracker.run.train_seconds < 0.4
 

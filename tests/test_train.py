@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Result, WarmScripts
+from conftest import ROOT, Result, WarmScripts, environment, run_fresh
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
@@ -168,6 +169,35 @@ def flags(model: Path, train_file: Path, output_dir: str = "run", **settings: ob
 
 def history(output_dir: Path) -> list[dict[str, float]]:
     return [e for e in json.loads((output_dir / "trainer_state.json").read_text())["log_history"] if "step" in e]
+
+
+class TestCompiled:
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+    def test_computes_the_same_and_compiles_once(self, tmp_path, still_model, train_file, validation_file) -> None:
+        words = flags(
+            still_model, train_file, validation_file=validation_file, max_steps=30, log_gradients_every=10,
+            per_device_train_batch_size=3,
+        )  # fmt: skip
+        plain = run_fresh("train.py", *words, "--output_dir", "plain", cwd=tmp_path, **environment(tmp_path))
+        assert plain.code == 0, plain.err
+        compiled = run_fresh(
+            "train.py", *words, "--torch_compile", cwd=tmp_path, TORCH_LOGS="recompiles", **environment(tmp_path)
+        )
+        assert compiled.code == 0, compiled.err
+        assert "recompile" not in compiled.err.lower()
+        assert train_losses(tmp_path / "run") == pytest.approx(train_losses(tmp_path / "plain"), rel=1e-5)
+        assert weights(tmp_path / "run").keys() == weights(tmp_path / "plain").keys()
+
+    def test_without_a_compiler(self, run: Callable[..., Result], tmp_path, still_model, train_file) -> None:
+        (tmp_path / "nothing").mkdir()
+        result = run(
+            "train.py", *flags(still_model, train_file, max_steps=1), "--torch_compile",
+            PATH=str(tmp_path / "nothing"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), CXX="",
+        )  # fmt: skip
+        assert result.code == 2
+        assert len(result.error_lines) == 1
+        assert "--torch_compile" in result.error_lines[0]
+        assert "g++" in result.error_lines[0]
 
 
 class TestOutputs:
