@@ -49,6 +49,7 @@ def environment(tmp: Path, **extra: str) -> dict[str, str]:
         "HF_HOME": str(tmp / "hf-home"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",  # two workers of pytest share two cores: more threads would wait for each other, busily
         "COLUMNS": "120",
     }
     return {**names, **extra}

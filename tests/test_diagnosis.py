@@ -35,7 +35,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def diagnosis_of(scripts: WarmScripts, fresh: Path, tmp_path: Path) -> Callable[..., dict]:
-    """Train for 150 steps with a fault planted; return the findings by name, and check what is printed of them."""
+    """Train for 100 steps with a fault planted; return the findings by name, and check what is printed of them."""
 
     def run(model: Path = fresh, plant: str = "", **settings: object) -> dict[str, dict]:
         script = tmp_path / "planted.py"
@@ -45,17 +45,20 @@ def diagnosis_of(scripts: WarmScripts, fresh: Path, tmp_path: Path) -> Callable[
         )
         values = {
             "model_name_or_path": model, "train_file": ROOT / "emoft/sample/train.csv",
-            "validation_file": ROOT / "emoft/sample/validation.csv", "max_steps": 150, "max_eval_samples": 60,
-            "per_device_train_batch_size": 16, "learning_rate": LEARNING_RATE, "warmup_steps": 0.1, "logging_steps": 5,
-            "log_gradients_every": 15, "eval_steps": 50, "save_steps": 0, "load_best_model_at_end": False,
+            "validation_file": ROOT / "emoft/sample/validation.csv", "max_steps": 100, "max_eval_samples": 60,
+            "per_device_train_batch_size": 8, "learning_rate": LEARNING_RATE, "warmup_steps": 0.1, "logging_steps": 5,
+            "log_gradients_every": 20, "eval_steps": 50, "save_steps": 0, "load_best_model_at_end": False,
             "mixed_precision": "no", "max_length": 40, **settings,
         }  # fmt: skip
         trained: Result = scripts(str(script), *(f"--{name}={value}" for name, value in values.items()), cwd=tmp_path)
         assert trained.code in (0, 2), trained.err
-        found = diagnose_run(tmp_path / "gpt2-emotion-finetuned", "--json")
+        script.write_text(
+            f"import sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\nrunpy.run_module('emoft.gradients', run_name='__main__')"
+        )
+        found = scripts(str(script), tmp_path / "gpt2-emotion-finetuned", "--json", cwd=tmp_path)
         assert found.code == 0, found.err
         findings = json.loads(found.out)["findings"]
-        printed = diagnose_run(tmp_path / "gpt2-emotion-finetuned")
+        printed = scripts(str(script), tmp_path / "gpt2-emotion-finetuned", cwd=tmp_path)
         assert printed.code == 0
         assert all(finding["text"] in printed.out and finding["tag"] in printed.out for finding in findings)
         assert ("nothing is wrong" in printed.out) == (not findings)
