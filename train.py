@@ -24,16 +24,21 @@ from emoft import errors
 from emoft.attention import use_packed_attention
 from emoft.batching import Batch, build_loader, epoch_batches, length_sorted_batches
 from emoft.checkpoint import (
+    SaveError,
     capture_state,
+    check_data,
+    damage,
+    export,
     find_checkpoint,
     load_state,
+    locked,
     prepare_output_dir,
     remove_old_checkpoints,
     restore_state,
     save_checkpoint,
 )
 from emoft.config import TrainConfig, parse_config, save_config
-from emoft.data import read_splits, tokenize, unigram_entropy
+from emoft.data import checksum, read_splits, tokenize, unigram_entropy
 from emoft.evaluate import evaluate
 from emoft.gradients import GradientMonitor
 from emoft.kernels import compiled, keep_freed_memory, use_fast_kernels
@@ -109,21 +114,37 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
     schedule = build_schedule(optimizer, config, total_steps)
     precision = Precision(config.mixed_precision, device)
     scaler = precision.scaler
-    run = RunState()
-    if saved:
-        restore_state(saved, optimizer, schedule, precision)
-        run = RunState(**saved["run"])
+    run, data_checksum = RunState(), checksum(train_data)
+    if checkpoint and saved:
+        check_data(saved, data_checksum, checkpoint, config)
+        run = restore_state(saved, optimizer, schedule, precision)
 
     def loader_of(split: str) -> DataLoader[Batch]:
         batches = length_sorted_batches(tokenized[split], config.per_device_eval_batch_size)
         return build_loader(tokenized[split], batches, tokenizer.eos_token_id, device, config.batching)
 
-    def save() -> Path:
-        state = capture_state(config, optimizer, schedule, precision, tracker.state_for_checkpoint())
-        folder = save_checkpoint(output_dir, run.step, write_model, state)
-        best_step = run.best_step if config.load_best_model_at_end else None
-        remove_old_checkpoints(output_dir, config.save_total_limit, best_step)
+    def save() -> Path | None:
+        """Save a checkpoint. Where that fails, for want of space for example, the run goes on with those it has."""
+        state = capture_state(config, data_checksum, optimizer, schedule, precision, tracker.state_for_checkpoint())
+        try:
+            with tracker.clock_stopped():
+                folder = save_checkpoint(output_dir, run.step, write_model, state)
+                best_step = run.best_step if config.load_best_model_at_end else None
+                remove_old_checkpoints(output_dir, config.save_total_limit, best_step)
+        except SaveError as error:
+            tracker.warn(f"{error}; training goes on, and the next log entry tries again")
+            return None
         return folder
+
+    def validate() -> bool:
+        """Evaluate and return whether the model is the best so far; after a signal, leave it to the resumed run."""
+        run.evaluation_due = True
+        with tracker.clock_stopped():
+            evaluation = evaluate(model, loader_of("validation"), precision, signals)
+            if evaluation is None:
+                return False
+            run.evaluation_due = False
+            return tracker.log_evaluation(evaluation)
 
     def write_model(folder: Path) -> None:
         save_model(folder, model, tokenizer, text_format)
@@ -158,12 +179,14 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
 
     # ---- The loop ---------------------------------------------------------------------------------------------------
     done = run.step >= total_steps  # a resumed run may have only its end to write
-    stopped_early = False
+    stopped_early = save_failed = False
     monitor = GradientMonitor(model, optimizer, config.log_gradients_every)
     guard = NonFiniteGuard(optimizer, precision, config.on_nonfinite)
     entropy, peak_flops = unigram_entropy(train_data), measure_flops(precision)
     tracker = Tracker(config, run, total_steps, steps_per_epoch, model.config, entropy, peak_flops, device)
     with StopSignals() as signals, tracker:
+        if run.evaluation_due and validate() and config.load_best_model_at_end:
+            save()
         while not done:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
             epoch, steps_done = divmod(run.step, steps_per_epoch)
@@ -178,7 +201,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                 is_last = step >= total_steps
                 should_log = is_last or step % config.logging_steps == 0
                 should_evaluate = can_evaluate and (is_last or step % (config.eval_steps or steps_per_epoch) == 0)
-                should_save = config.save_steps > 0 and step % config.save_steps == 0
+                should_save = config.save_steps > 0 and step % config.save_steps == 0 or (save_failed and should_log)
                 should_sample = config.sample_every > 0 and step % config.sample_every == 0
                 guard.begin_step(step, step_batches)
                 monitor.begin_step(step, step_batches, scaler.get_scale())
@@ -236,18 +259,18 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                     with tracker.clock_stopped():
                         tracker.log_samples(sample_texts(model, tokenizer, text_format, config.seed))
                 if should_evaluate:
-                    with tracker.clock_stopped():
-                        is_best = tracker.log_evaluation(evaluate(model, loader_of("validation"), precision))
-                    should_save |= is_best and config.load_best_model_at_end
+                    should_save |= validate() and config.load_best_model_at_end
                     stopped_early = 0 < config.early_stopping_patience <= run.evaluations_since_best
                 stop_signal = signals.received  # asked once: the answer may change between two looks
                 if should_save or stop_signal:
-                    with tracker.clock_stopped():
-                        folder = save()
+                    folder = save()
+                    save_failed = folder is None
                 done = is_last or stopped_early or stop_signal is not None
 
         tracker.close_bar()
-        if run.step < total_steps and not stopped_early:
+        if run.evaluation_due or (run.step < total_steps and not stopped_early):
+            if save_failed:
+                raise errors.UserError(f"stopped by {signals.name} after step {run.step}, which could not be saved")
             print(f"stopped by {signals.name} after step {run.step} and saved {folder}; to go on, run:")
             print(f"  {resume_command(config)}")
             return signals.exit_code
@@ -258,14 +281,23 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                 f"stopped early: {run.evaluations_since_best} evaluations without a loss below step {run.best_step}'s"
             )
         if config.load_best_model_at_end and 0 < run.best_step < run.step:
-            model.load_state_dict(load_model(str(output_dir / f"checkpoint-{run.best_step}")).state_dict())
-            print(f"took the model of step {run.best_step}, the best")
+            best = output_dir / f"checkpoint-{run.best_step}"
+            if reason := damage(best):
+                tracker.warn(f"{best}, the best, is damaged ({reason}): the model of the last step is kept")
+            else:
+                model.load_state_dict(load_model(str(best)).state_dict())
+                print(f"took the model of step {run.best_step}, the best")
         results = tracker.results()
         if "test" in tokenized:
             test = evaluate(model, loader_of("test"), precision)
+            assert test
             results |= {"test_loss": test.loss, "test_perplexity": test.perplexity}
-        write_model(output_dir)
-        write_json(output_dir / RESULTS_FILE, results)
+
+        def write_all(folder: Path) -> None:
+            write_model(folder)
+            write_json(folder / RESULTS_FILE, results)
+
+        export(output_dir, write_all)
         samples = sample_texts(model, tokenizer, text_format, config.seed)
         tracker.log_samples(samples)
         tracker.log_results(results)
@@ -300,7 +332,9 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and saving, which take a moment
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told by our own
-    return train(parse_config(TrainConfig))
+    config = parse_config(TrainConfig)
+    with locked(Path(config.output_dir)):
+        return train(config)
 
 
 if __name__ == "__main__":

@@ -296,3 +296,11 @@ def unigram_entropy(rows: Dataset) -> float:
     counts = np.bincount(np.delete(ids, starts))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
+
+
+def checksum(rows: Dataset) -> str:
+    """Return the SHA-256 of all tokens of a tokenized split and of where its texts end."""
+    texts = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
+    digest = hashlib.sha256(pc.list_value_length(texts).to_numpy().tobytes())
+    digest.update(pc.list_flatten(texts).to_numpy().tobytes())
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ from transformers import GPT2LMHeadModel
 from emoft.batching import Batch
 from emoft.loss import summed_cross_entropy
 from emoft.precision import Precision
+from emoft.signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,35 @@ def perplexity(loss: float) -> float:
 
 
 @torch.inference_mode()
-def evaluate(model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Precision) -> Evaluation:
+def evaluate(
+    model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Precision, signals: StopSignals | None = None
+) -> Evaluation | None:
     """Return the loss over all batches of a loader, each token weighing the same; dropout is off meanwhile.
 
     The sum is kept in float64, so that the order of the batches does not show in the result.
+
+    Args:
+        model: in either mode.
+        loader: the split.
+        precision: of the run.
+        signals: if one was received, the evaluation ends at the next batch.
+
+    Returns:
+        The result; None if a signal ended it.
     """
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=precision.device)
     tokens = 0
     for batch in tqdm(loader, desc="Evaluating", unit="batch", leave=False, dynamic_ncols=True):
+        if signals and signals.received:
+            break
         tokens += batch.target_tokens
         batch = batch.to(precision.device)
         with precision.autocast():
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
             total += summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
     model.train(was_training)
+    if signals and signals.received:
+        return None
     return Evaluation(loss=total.item() / max(1, tokens), tokens=tokens)

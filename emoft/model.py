@@ -29,6 +29,11 @@ def load_model(name: str) -> GPT2LMHeadModel:
     is_local = hub.is_local(name, "model", flag)
     if is_local and not (Path(name) / "config.json").is_file():
         raise UserError(f"--{flag} {name} has no config.json: name a folder that save_pretrained or train.py wrote")
+    if is_local and not any(Path(name).glob("*.safetensors")) and any(Path(name).glob("*.bin")):
+        raise UserError(
+            f"--{flag} {name} holds its weights as .bin, which may run code when it is loaded: convert it where you"
+            " trust it, by GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder), which writes .safetensors"
+        )
     try:
         model_type = AutoConfig.from_pretrained(name).model_type
         if model_type != "gpt2":

@@ -1,11 +1,14 @@
 """One dict of metrics to every sink: TensorBoard, trainer_state.json, the progress bar."""
 
 import contextlib
+import functools
 import json
 import math
 import os
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +63,7 @@ class RunState:
     best_loss: float = math.inf  # lowest evaluation loss
     best_step: int = 0
     evaluations_since_best: int = 0
+    evaluation_due: bool = False  # a signal came before it was finished
     depth_steps: list[int] = field(default_factory=list)  # the steps whose gradients were measured
     depth_norms: list[list[float]] = field(default_factory=list)  # and the norm of each block at them
     log_history: list[dict[str, Any]] = field(default_factory=list)
@@ -96,31 +100,65 @@ class Tracker:
         # still has to do.
         sums = [run.loss_sum, run.loss_tokens, run.clipped_steps]
         self._sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        self.writer: SummaryWriter | None = None
         self._batches: list[Batch] = []  # of the latest step
         self._described: set[str] = set()
         self._clock_started = time.perf_counter()
 
     def __enter__(self) -> "Tracker":
         self.bar = tqdm(total=self.total_steps, initial=self.run.step, desc="Training", unit="step", dynamic_ncols=True)
-        # A resumed run hides what the interrupted one wrote after its last checkpoint. TensorBoard does so from the
-        # second such mark on: the first one must be there from the beginning.
-        self.writer = SummaryWriter(str(self.output_dir / EVENTS_FOLDER), purge_step=self.run.step + 1)
-        self.writer.add_custom_scalars(LAYOUT)
-        if self.run.step == 0:
-            self.writer.add_text("guide", GUIDE, 0)
-        # The run's configuration for the HParams table. The writer's own `add_hparams` would open a second run.
-        values = {name: str(v) if isinstance(v, list) else v for name, v in asdict(self.config).items()}
-        experiment, start, self._session_end = hparams(values, dict.fromkeys(f"final/{name}" for name in FINAL))
-        for summary in (experiment, start):
-            self._add_summary(summary)
+        threading.excepthook = _quiet_about_writing
+        self._open_writer()
         self._clock_started = time.perf_counter()
         return self
+
+    def _open_writer(self) -> None:
+        """Begin an event file. Where it cannot be written, the run goes on without, and tries again later."""
+        self._described.clear()
+        try:
+            # A resumed run hides what the interrupted one wrote after its last checkpoint. TensorBoard does so from
+            # the second such mark on: the first one must be there from the beginning.
+            self.writer = SummaryWriter(str(self.output_dir / EVENTS_FOLDER), purge_step=self.run.step + 1)
+        except OSError as error:
+            self._give_up_writing(error)
+            return
+        self._write(lambda writer: writer.add_custom_scalars(LAYOUT))
+        if self.run.step == 0:
+            self._write(lambda writer: writer.add_text("guide", GUIDE, 0))
+        for summary in self._hparams()[:2]:
+            self._add_summary(summary)
+
+    def _hparams(self) -> Any:
+        """Return the run's configuration for the HParams table: the experiment, the session's start and its end.
+
+        The writer's own `add_hparams` would open a second run.
+        """
+        values = {name: str(v) if isinstance(v, list) else v for name, v in asdict(self.config).items()}
+        return hparams(values, dict.fromkeys(f"final/{name}" for name in FINAL))
+
+    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Write to the event file, if there is one."""
+        if self.writer is not None:
+            try:
+                write(self.writer)
+            except OSError as error:
+                self._give_up_writing(error)
+
+    def _give_up_writing(self, error: OSError) -> None:
+        self.writer = None
+        self.warn(f"the event file in {self.output_dir / EVENTS_FOLDER} cannot be written ({error.strerror or error});"
+                  " training goes on, and the next log entry tries again")  # fmt: skip
+
+    def warn(self, message: str) -> None:
+        """Print a line of warning to standard error, above the bar."""
+        tqdm.write(f"warning: {message}", file=sys.stderr)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close_bar()
-        self.writer.close()
+        self._write(SummaryWriter.close)
+        threading.excepthook = threading.__excepthook__
 
     def close_bar(self) -> None:
         """End the bar's line, so that what is printed stands below it."""
@@ -229,10 +267,11 @@ class Tracker:
         run = self.run
         self._add_scalars({**figures.scalars, "update_ratio/guide": GUIDE_LEVEL})
         for tag, shape in figures.histograms.items():
-            self.writer.add_histogram_raw(
-                tag, min=shape.low, max=shape.high, num=sum(shape.counts), sum=shape.total, sum_squares=shape.squares,
-                bucket_limits=shape.limits, bucket_counts=shape.counts, global_step=run.step,
-            )  # fmt: skip
+            values: dict[str, Any] = {
+                "min": shape.low, "max": shape.high, "num": sum(shape.counts), "sum": shape.total,
+                "sum_squares": shape.squares, "bucket_limits": shape.limits, "bucket_counts": shape.counts,
+            }  # fmt: skip
+            self._write(functools.partial(SummaryWriter.add_histogram_raw, tag=tag, global_step=run.step, **values))
         if len(run.depth_steps) == COLUMNS:  # a long run: keep every second column
             run.depth_steps, run.depth_norms = run.depth_steps[1::2], run.depth_norms[1::2]
         run.depth_steps.append(run.step)
@@ -243,12 +282,13 @@ class Tracker:
 
     def _draw_heat_map(self) -> None:
         picture = heat_map(self.run.depth_steps, self.run.depth_norms)
-        self.writer.add_image("gradient_norm_by_block", picture, self.run.step, dataformats="HWC")
+        step = self.run.step
+        self._write(lambda writer: writer.add_image("gradient_norm_by_block", picture, step, dataformats="HWC"))
 
     def log_samples(self, texts: dict[str, str]) -> None:
         """Show sample texts, by emotion, in the Text tab."""
         for name, text in texts.items():
-            self.writer.add_text(f"samples/{name}", _verbatim(text), self.run.step)
+            self._add_text(f"samples/{name}", text, self.run.step)
 
     def log_fault(self, fault: Fault, lines: list[str], details: dict[str, Any]) -> None:
         """Tell of a step that was not finite: on the terminal, in the Text tab, and in nonfinite-STEP.json."""
@@ -256,9 +296,12 @@ class Tracker:
         run.nonfinite_steps += 1
         run.nonfinite_in_row = run.nonfinite_in_row + 1 if fault.step == run.last_nonfinite_step + 1 else 1
         run.last_nonfinite_step = fault.step
-        write_json(self.output_dir / fault_file(fault.step), {**asdict(fault), **details})
+        try:
+            write_json(self.output_dir / fault_file(fault.step), {**asdict(fault), **details})
+        except OSError as error:
+            self.warn(f"{fault_file(fault.step)} cannot be written ({error.strerror})")
         tqdm.write("\n".join(lines))
-        self.writer.add_text("nonfinite", _verbatim("\n".join(lines)), fault.step)
+        self._add_text("nonfinite", "\n".join(lines), fault.step)
         self._add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)
 
     def log_results(self, results: dict[str, float]) -> None:
@@ -266,7 +309,7 @@ class Tracker:
         if self.run.depth_steps:
             self._draw_heat_map()
         self._add_scalars({f"final/{name}": results[name] for name in FINAL if name in results})
-        self._add_summary(self._session_end)
+        self._add_summary(self._hparams()[2])
 
     def _log(self, metrics: dict[str, float]) -> None:
         step, epoch = self.run.step, self.run.step / self.steps_per_epoch
@@ -287,7 +330,11 @@ class Tracker:
             self._add_summary(Summary(value=[scalar]), step)
 
     def _add_summary(self, summary: Any, step: int | None = None) -> None:
-        self.writer._get_file_writer().add_summary(summary, step)  # what the writer's own methods call
+        # What the writer's own methods call.
+        self._write(lambda writer: writer._get_file_writer().add_summary(summary, step))
+
+    def _add_text(self, tag: str, text: str, step: int) -> None:
+        self._write(lambda writer: writer.add_text(tag, _verbatim(text), step))
 
     def state_for_checkpoint(self) -> dict[str, Any]:
         """Return the run's state as plain numbers, lists and dicts. Reads from the device: a CPU-GPU sync point."""
@@ -352,6 +399,12 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _quiet_about_writing(arguments: threading.ExceptHookArgs) -> None:
+    """Keep TensorBoard's thread from printing a traceback of what `Tracker` tells in a line."""
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)
 
 
 def _verbatim(text: str) -> str:

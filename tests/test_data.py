@@ -5,13 +5,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import fuzz
 import pytest
 from conftest import Result
 from datasets import ClassLabel, Dataset, Features, Value
 from transformers import GPT2Tokenizer
 
 from emoft.config import TrainConfig
-from emoft.data import encode, read_splits, tokenize, unigram_entropy
+from emoft.data import checksum, encode, read_splits, tokenize, unigram_entropy
 from emoft.template import TextFormat
 
 # What other readers take for a missing value, a number, two columns or two lines.
@@ -147,3 +148,18 @@ def test_unigram_entropy_is_of_all_tokens_but_the_first_of_each_text() -> None:
     rows = Dataset.from_dict({"input_ids": [[7, 1, 2], [7], [9, 1, 1, 3]]})
     shares = [3 / 5, 1 / 5, 1 / 5]  # of the tokens 1, 2 and 3
     assert unigram_entropy(rows) == pytest.approx(-sum(share * math.log(share) for share in shares))
+
+
+def test_hostile_files_are_read_or_refused_in_a_line_that_names_them() -> None:
+    """The short form of fuzz.py, which does five hundred."""
+    outcomes = fuzz.main(40)
+    assert outcomes["refused"] > 5
+    assert outcomes["read"] > 2
+
+
+def test_the_checksum_is_of_tokens_and_ends() -> None:
+    def of(*texts: list[int]) -> str:
+        return checksum(Dataset.from_dict({"input_ids": list(texts)}))
+
+    assert of([1, 2], [3]) == of([1, 2], [3])
+    assert len({of([1, 2], [3]), of([1], [2, 3]), of([1, 2], [4]), of([1, 2, 3])}) == 4
