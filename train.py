@@ -185,8 +185,13 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
     entropy, peak_flops = unigram_entropy(train_data), measure_flops(precision)
     tracker = Tracker(config, run, total_steps, steps_per_epoch, model.config, entropy, peak_flops, device)
     with StopSignals() as signals, tracker:
-        if run.evaluation_due and validate() and config.load_best_model_at_end:
-            save()
+        if run.evaluation_due:
+            # A signal came into the evaluation of the step that the run goes on from.
+            folder = checkpoint
+            if validate() and config.load_best_model_at_end:
+                folder = save()
+            stopped_early = 0 < config.early_stopping_patience <= run.evaluations_since_best
+            done = done or stopped_early or run.evaluation_due
         while not done:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
             epoch, steps_done = divmod(run.step, steps_per_epoch)

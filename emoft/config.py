@@ -231,12 +231,19 @@ def preset_names() -> list[str]:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML, which --config takes back from any folder."""
+    """Write the resolved configuration as YAML, which --config takes back from any folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     values = asdict(config)
     for name in INPUT_FILES:
         if values[name]:
             values[name] = os.path.abspath(values[name])
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): make room, or name another folder") from None
 
 
 def _yaml_path(name: str) -> Path:

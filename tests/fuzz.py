@@ -1,4 +1,4 @@
-"""Data files as they should not be: `python tests/fuzz.py [CASES]`.
+"""Data files as they should not be: `PYTHONPATH=. python tests/fuzz.py [CASES]`.
 
 Each is read and tokenized as train.py does, and must end in success or in a `UserError` that names the file.
 """

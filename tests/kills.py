@@ -86,7 +86,9 @@ class Killer:
         chance, name, kills = random.Random(seed), f"run-{seed}", []
         plans = [
             {"KILL_AT_STEP": str(chance.randint(STEPS_PER_EPOCH + 1, 2 * STEPS_PER_EPOCH))},  # in the second epoch
-            {"KILL_AT_FLUSH": str(chance.randint(1, 40))},  # a checkpoint has about ten files
+            {
+                "KILL_AT_FLUSH": str(chance.randint(1, 22))
+            },  # a checkpoint has eleven, so in the first save or the second
             {},
             {"KILL_AT_STEP": str(chance.randint(1, STEPS_PER_EPOCH))},
             {},
@@ -94,7 +96,7 @@ class Killer:
         for plan in plans[: chance.randint(2, len(plans))]:
             process = self.start(name, **plan)
             if not plan:
-                time.sleep(chance.uniform(0.1, 1.2 * self.seconds))
+                time.sleep(chance.uniform(0.1, 0.5 * self.seconds))
                 with contextlib.suppress(ProcessLookupError):  # done already
                     os.kill(process, signal.SIGKILL)
             code = self.scripts.finish().code

@@ -53,7 +53,8 @@ def diagnosis_of(scripts: WarmScripts, fresh: Path, tmp_path: Path) -> Callable[
         trained: Result = scripts(str(script), *(f"--{name}={value}" for name, value in values.items()), cwd=tmp_path)
         assert trained.code in (0, 2), trained.err
         script.write_text(
-            f"import sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\nrunpy.run_module('emoft.gradients', run_name='__main__')"
+            f"import sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\n"
+            "runpy.run_module('emoft.gradients', run_name='__main__')"
         )
         found = scripts(str(script), tmp_path / "gpt2-emotion-finetuned", "--json", cwd=tmp_path)
         assert found.code == 0, found.err
