@@ -236,7 +236,8 @@ def staged(output_dir: Path, name: str) -> Iterator[Path]:
         yield staging
     except (OSError, SafetensorError, RuntimeError) as error:  # the last one is torch.save's
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise SaveError(f"cannot save in {output_dir}: {reason}") from error
+        free = shutil.disk_usage(output_dir).free
+        raise SaveError(f"cannot save in {output_dir}, where {free:,} bytes are free: {reason}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

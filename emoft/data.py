@@ -22,6 +22,8 @@ from emoft.errors import UserError, warn
 from emoft.template import TextFormat
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
+csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's 131,072 characters; it is cut to max_length
+JSON_ROW = 'write {"text": ...} for each example, one a line or all in one list'
 ROWS_NAMED = 5  # how many of the rows that a warning is about are named in it
 
 
@@ -69,8 +71,7 @@ def _read_file(config: TrainConfig, flag: str, name: str) -> Dataset:
         raise UserError(f"{flag} {name} is empty: it needs at least one example")
     try:
         if ending in (".json", ".jsonl"):
-            for _ in _lines(path):
-                pass  # tells the line that is not UTF-8, which the JSON reader does not
+            _check_json(path)
             return datasets.load_dataset("json", data_files=str(path), split="train")
         if ending == ".parquet":
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
@@ -112,6 +113,27 @@ def _lines(path: Path) -> Iterator[str]:
             bar.update(len(line))
 
 
+def _check_json(path: Path) -> None:
+    """See that a file holds JSON objects, one a line or in one list.
+
+    The library's reader tells no line, and some files without objects end the whole process in it.
+    """
+    lines = ((number, line) for number, line in enumerate(_lines(path), start=1) if line.strip())
+    place, first = 1, ""
+    try:
+        for place, line in lines:
+            first = first or line
+            if first.lstrip().startswith("["):
+                content = json.loads("".join([first, *(more for _, more in lines)]))
+                for row, example in enumerate(content, start=1):
+                    if not isinstance(example, dict):
+                        raise UserError(f"{path} row {row} is no JSON object: {JSON_ROW}")
+            elif not isinstance(json.loads(line), dict):
+                raise UserError(f"{path} line {place} is no JSON object: {JSON_ROW}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} line {place}: {getattr(error, 'msg', error)}; {JSON_ROW}") from None
+
+
 def _delimiter(path: Path, config: TrainConfig) -> str:
     return config.delimiter or {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower(), "")
 
@@ -123,7 +145,10 @@ def _columns(path: Path, config: TrainConfig) -> list[str]:
     delimiter = _delimiter(path, config)
     if len(delimiter) != 1:
         raise UserError(f"--delimiter {delimiter!r} must be a single character for {path}")
-    columns = config.column_names or next(csv.reader(_lines(path), delimiter=delimiter), [])
+    try:
+        columns = config.column_names or next(csv.reader(_lines(path), delimiter=delimiter), [])
+    except csv.Error as error:
+        raise UserError(f"{path} line 1: {error}, mend the line") from None
     if len(set(columns)) < len(columns):
         raise UserError(f"{path}: two columns have the same name among {', '.join(columns)}: rename one")
     return columns
@@ -255,8 +280,14 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) 
     An "<|endoftext|>" that stands in a text is text: only the end of an example is taught to be an end.
     """
     end = [tokenizer.eos_token_id] if text_format.append_eos else []
+    # What lies beyond the characters that `max_length` tokens can hold is not even read: a line may be a whole book.
+    most = (text_format.max_length + 1) * max(map(len, tokenizer.get_vocab()))
     rows = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        [text[:most] for text in texts],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
     )["input_ids"]
     return [(row + end)[: text_format.max_length] for row in rows]
 

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transformers import GPT2Tokenizer
 
 from emoft.config import TrainConfig
 from emoft.data import checksum, encode, read_splits, tokenize, unigram_entropy
+from emoft.errors import UserError
 from emoft.template import TextFormat
 
 # What other readers take for a missing value, a number, two columns or two lines.
@@ -163,3 +165,28 @@ def test_the_checksum_is_of_tokens_and_ends() -> None:
 
     assert of([1, 2], [3]) == of([1, 2], [3])
     assert len({of([1, 2], [3]), of([1], [2, 3]), of([1, 2], [4]), of([1, 2, 3])}) == 4
+
+
+def test_a_text_as_long_as_a_book_is_cut_like_any_other(tiny_model: Path) -> None:
+    tokenizer, text_format = GPT2Tokenizer.from_pretrained(tiny_model), TextFormat("{text}", max_length=20)
+    book = "i feel happy because my friends came to visit and " * 300
+    whole = tokenizer(book)["input_ids"]
+    assert encode(tokenizer, [book], text_format) == [whole[:20]]
+    assert encode(tokenizer, [book * 500], text_format) == [whole[:20]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("x.jsonl", '{"text": "a"}\n\nnull\n', "line 3 is no JSON object"),
+        ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2: Expecting value"),
+        ("x.json", '[{"text": "a"},\n 5]', "row 2 is no JSON object"),
+        ("x.json", "\ufeffnull", "line 1 is no JSON object"),  # ends the process in the library's reader
+        ("x.json", "[" * 100_000, "line 1"),
+        ("x.csv", '"', "line 1"),
+    ],
+)
+def test_the_line_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: str, expected: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"{name} {expected}")):
+        read_splits(config(tmp_path / name))
