@@ -80,7 +80,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
                 continue
             print(f"resuming from {checkpoint}")
             return checkpoint
-        print(f"no whole checkpoint in {output_dir} yet: starting from the beginning")
+        print(f"no checkpoint in {output_dir} yet: starting from the beginning")
         return None
     if wanted:
         if not (Path(wanted) / STATE_FILE).is_file():
@@ -120,7 +120,7 @@ def locked(output_dir: Path) -> Iterator[None]:
         output_dir.mkdir(parents=True, exist_ok=True)
         folder = os.open(output_dir, os.O_RDONLY) if fcntl else None
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be used ({error.strerror}): name another") from None
+        raise UserError(f"--output_dir {output_dir} cannot be written ({error.strerror}): name another") from None
     try:
         if folder is not None:
             _lock(folder, output_dir)
@@ -145,7 +145,7 @@ def _lock(folder: int, output_dir: Path) -> None:
 
 
 def prepare_output_dir(config: TrainConfig) -> Path:
-    """Make the folder, which must be `locked`, ready for a run; with --overwrite_output_dir delete the run it holds.
+    """Make the folder, which should be `locked`, ready for a run; with --overwrite_output_dir delete the run it holds.
 
     What a run that was killed while saving left behind is swept.
 
@@ -154,6 +154,7 @@ def prepare_output_dir(config: TrainConfig) -> Path:
     """
     output_dir = Path(config.output_dir)
     try:
+        output_dir.mkdir(parents=True, exist_ok=True)
         if config.overwrite_output_dir:
             for path in [output_dir / name for name in RUN_FILES] + checkpoints(output_dir):
                 _remove(path)
