@@ -105,7 +105,7 @@ class TrainConfig:
         "auto", "type of the matrix products; auto: bf16 where the device computes in it, else fp16 on a GPU, else no"
     )
     torch_compile: bool = option(
-        False, "compile the model first, which takes minutes: pays on long runs, mostly on a GPU"
+        False, "compile the model first, which takes minutes and does not pay on a few CPU cores"
     )
     gradient_checkpointing: bool = option(False, "keep fewer activations and compute them again: less memory, slower")
 
