@@ -151,6 +151,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
         tracker.write_state(folder)
 
     def report(bad_step: Step) -> Fault:
+        """Find where a step stopped being finite, and tell of it."""
         with tracker.clock_stopped():
             fault = trace(bad_step, model, precision)
             epoch, place = divmod(bad_step.number - 1, steps_per_epoch)
@@ -163,7 +164,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
         return fault
 
     def save_before(bad_step: Step, fault: Fault) -> Path | None:
-        # Only where the run stands right before that step, in order, and with weights to go on from.
+        """Save the state before a step, if the run still stands there and its weights are worth going on from."""
         if run.step == 0 or bad_step.number != run.step + 1 or fault.parameters_not_finite:
             return None
         set_random_state(bad_step.random_state, device)
