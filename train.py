@@ -10,7 +10,8 @@ import math
 import shlex
 import sys
 from collections.abc import Callable
-from itertools import islice
+from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
@@ -22,12 +23,13 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft import errors
 from emoft.attention import use_packed_attention
-from emoft.batching import Batch, build_loader, epoch_batches, length_sorted_batches
+from emoft.batching import Batch, build_loader, epoch_batches, length_sorted_batches, target_tokens, token_lengths
 from emoft.checkpoint import (
     SaveError,
     capture_state,
     check_data,
     damage,
+    examples_per_step,
     export,
     find_checkpoint,
     load_state,
@@ -37,8 +39,9 @@ from emoft.checkpoint import (
     restore_state,
     save_checkpoint,
 )
-from emoft.config import TrainConfig, parse_config, save_config
+from emoft.config import CONFIG_FILE, TrainConfig, parse_config, save_config
 from emoft.data import checksum, read_splits, tokenize, unigram_entropy
+from emoft.distributed import World
 from emoft.evaluate import evaluate
 from emoft.gradients import GradientMonitor
 from emoft.kernels import compiled, keep_freed_memory, use_fast_kernels
@@ -47,8 +50,9 @@ from emoft.machine import measure_flops
 from emoft.model import decode, load_model, load_model_and_tokenizer, save_model
 from emoft.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, Step, describe, trace
 from emoft.optim import build_optimizer, build_schedule, clip_gradients
+from emoft.parallel import check_parallel, exchange_gradients, load_weights, replicate, shard, whole_weights
 from emoft.precision import Precision, choose_device
-from emoft.randomness import set_random_state
+from emoft.randomness import seed_rank, set_random_state
 from emoft.sampling import sample_texts
 from emoft.signals import StopSignals
 from emoft.template import TextFormat
@@ -72,11 +76,14 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
     )
 
 
-def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded] = load_model_and_data) -> int:
+def train(
+    config: TrainConfig, world: World, load: Callable[[TrainConfig, Path | None], Loaded] = load_model_and_data
+) -> int:
     """Run a training from its configuration to its saved model.
 
     Args:
         config: all flags.
+        world: the processes that train together, each of which runs this function; without torchrun there is one.
         load: gives the model and the data; the benchmark draws both.
 
     Returns:
@@ -86,30 +93,39 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
         UserError: something the user can mend; before the first step wherever possible.
     """
     # ---- Set up: data, model, optimizer, schedule, precision -------------------------------------------------------
-    device = choose_device(config.use_cpu)
+    device = choose_device(config.use_cpu, world.local_rank)
     keep_freed_memory()
-    checkpoint = find_checkpoint(config)
+    checkpoint = world.on_main(lambda: find_checkpoint(config, world))
     saved = load_state(checkpoint, config) if checkpoint else None
+    step_size = examples_per_step(config, world, saved)
     torch.manual_seed(config.seed)
 
-    model, tokenizer, text_format, tokenized = load(config, checkpoint)
-    train_data = tokenized["train"]
+    with world.first_on_host():
+        model, tokenizer, text_format, tokenized = load(config, checkpoint)
+    check_parallel(config.parallel, world, model)
+    if world.rank > 0:
+        seed_rank(config.seed, world.rank, step=0)  # the same weights as rank 0, but dropout of its own
+    train_data, lengths = tokenized["train"], token_lengths(tokenized["train"])
     can_evaluate = "validation" in tokenized
     if not can_evaluate and (config.eval_steps or config.early_stopping_patience):
         raise errors.UserError("--eval_steps and --early_stopping_patience need data to evaluate on: --validation_file")
 
-    micro_batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(train_data) / (micro_batch_size * accumulation))
+    steps_per_epoch = math.ceil(len(train_data) / step_size)
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
 
+    if config.parallel == "fsdp":
+        shard(model, world, device)
     model.to(device)  # type: ignore[arg-type]  # a fault of the library's types
     model.train()
     use_packed_attention(model)
     use_fast_kernels(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    # Compiled, it is another object around the same weights: checkpoints, evaluation and samples use the plain model.
+    # Compiled or replicated, it is another object around the same weights: checkpoints, evaluation and samples use the
+    # plain model.
     transformer = compiled(model.transformer) if config.torch_compile else model.transformer
+    if config.parallel == "ddp" and world.size > 1:
+        transformer = replicate(transformer, device)
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, total_steps)
     precision = Precision(config.mixed_precision, device)
@@ -117,46 +133,53 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
     run, data_checksum = RunState(), checksum(train_data)
     if checkpoint and saved:
         check_data(saved, data_checksum, checkpoint, config)
-        run = restore_state(saved, optimizer, schedule, precision)
+        run = restore_state(saved, config, world, optimizer, schedule, precision)
 
     def loader_of(split: str) -> DataLoader[Batch]:
-        batches = length_sorted_batches(tokenized[split], config.per_device_eval_batch_size)
-        return build_loader(tokenized[split], batches, tokenizer.eos_token_id, device, config.batching)
+        """Return this rank's batches of a split."""
+        batch_size = config.per_device_eval_batch_size
+        batches = length_sorted_batches(tokenized[split], world.size * batch_size)
+        share = [part for batch in batches for part in world.share(batch, batch_size)]
+        return build_loader(tokenized[split], share, tokenizer.eos_token_id, device, config.batching)
 
     def save() -> Path | None:
         """Save a checkpoint. Where that fails, for want of space for example, the run goes on with those it has."""
-        state = capture_state(config, data_checksum, optimizer, schedule, precision, tracker.state_for_checkpoint())
-        try:
-            with tracker.clock_stopped():
-                folder = save_checkpoint(output_dir, run.step, write_model, state)
-                best_step = run.best_step if config.load_best_model_at_end else None
-                remove_old_checkpoints(output_dir, config.save_total_limit, best_step)
-        except SaveError as error:
-            tracker.warn(f"{error}; training goes on, and the next log entry tries again")
-            return None
-        return folder
+        with tracker.clock_stopped():
+            figures, weights = tracker.state_for_checkpoint(), whole_weights(model, world)
+            state = capture_state(config, world, step_size, data_checksum, optimizer, schedule, precision, figures)
+
+            def write() -> Path | None:
+                try:
+                    folder = save_checkpoint(output_dir, run.step, lambda folder: write_model(folder, weights), state)
+                    best_step = run.best_step if config.load_best_model_at_end else None
+                    remove_old_checkpoints(output_dir, config.save_total_limit, best_step)
+                except SaveError as error:
+                    tracker.warn(f"{error}; training goes on, and the next log entry tries again")
+                    return None
+                return folder
+
+            return world.on_main(write)
 
     def validate() -> bool:
         """Evaluate and return whether the model is the best so far; after a signal, leave it to the resumed run."""
         run.evaluation_due = True
         with tracker.clock_stopped():
-            evaluation = evaluate(model, loader_of("validation"), precision, signals)
+            evaluation = evaluate(model, loader_of("validation"), precision, world, signals)
             if evaluation is None:
                 return False
             run.evaluation_due = False
             return tracker.log_evaluation(evaluation)
 
-    def write_model(folder: Path) -> None:
-        save_model(folder, model, tokenizer, text_format)
+    def write_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        save_model(folder, model, weights, tokenizer, text_format)
         tracker.write_state(folder)
 
     def report(bad_step: Step) -> Fault:
         """Find where a step stopped being finite, and tell of it."""
         with tracker.clock_stopped():
-            fault = trace(bad_step, model, precision)
+            fault = trace(bad_step, model, precision, world)
             epoch, place = divmod(bad_step.number - 1, steps_per_epoch)
-            step_examples = epoch_batches(len(train_data), micro_batch_size, config.seed, epoch)
-            examples = sum(step_examples[place * accumulation : (place + 1) * accumulation], [])
+            examples = epoch_batches(len(train_data), step_size, config.seed, epoch)[place]
             texts = [decode(tokenizer, ids) for ids in fault.token_ids]
             lines = describe(fault, examples, texts, str(output_dir / fault_file(fault.step)))
             replay = {"seed": config.seed, "learning_rate": schedule.get_last_lr()[0], "precision": precision.name}
@@ -170,22 +193,22 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
         set_random_state(bad_step.random_state, device)
         return save()
 
-    output_dir = prepare_output_dir(config)
-    save_config(config, output_dir / "train_config.yaml")
+    output_dir = world.on_main(lambda: prepare_output_dir(config))
+    world.on_main(lambda: save_config(config, output_dir / CONFIG_FILE))
+    ranks = f"{world.size} processes ({config.parallel}), each on " if world.launched else ""
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} ({precision.name}),"
-        f" {len(train_data):,} examples, {total_steps:,} steps of"
-        f" {micro_batch_size} x {accumulation} examples, into {output_dir}"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks}{device} ({precision.name}),"
+        f" {len(train_data):,} examples, {total_steps:,} steps of {step_size} examples, into {output_dir}"
     )
 
     # ---- The loop ---------------------------------------------------------------------------------------------------
     done = run.step >= total_steps  # a resumed run may have only its end to write
     stopped_early = save_failed = False
-    monitor = GradientMonitor(model, optimizer, config.log_gradients_every)
+    monitor = GradientMonitor(model, optimizer, config.log_gradients_every, world)
     guard = NonFiniteGuard(optimizer, precision, config.on_nonfinite)
     entropy, peak_flops = unigram_entropy(train_data), measure_flops(precision)
-    tracker = Tracker(config, run, total_steps, steps_per_epoch, model.config, entropy, peak_flops, device)
-    with StopSignals() as signals, tracker:
+    tracker = Tracker(config, run, total_steps, steps_per_epoch, model.config, entropy, peak_flops, device, world)
+    with StopSignals(world) as signals, tracker:
         if run.evaluation_due:
             # A signal came into the evaluation of the step that the run goes on from.
             folder = checkpoint
@@ -195,36 +218,42 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
             done = done or stopped_early or run.evaluation_due
         while not done:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
+            # The ranks share the examples of each step, and cut their shares into micro-batches.
             epoch, steps_done = divmod(run.step, steps_per_epoch)
-            batches = epoch_batches(len(train_data), micro_batch_size, config.seed, epoch)[steps_done * accumulation :]
-            loader = build_loader(train_data, batches, tokenizer.eos_token_id, device, config.batching)
-            micro_batches = iter(loader)
+            steps = epoch_batches(len(train_data), step_size, config.seed, epoch)[steps_done:]
+            shares = [world.share(examples, config.per_device_train_batch_size) for examples in steps]
+            pad_id = tokenizer.eos_token_id
+            micro_batches = iter(build_loader(train_data, list(chain(*shares)), pad_id, device, config.batching))
 
-            # Fetch the micro-batches of this step and count their labelled tokens, on the CPU, where they still are.
-            while not done and (step_batches := list(islice(micro_batches, accumulation))):
-                step_tokens = sum(batch.target_tokens for batch in step_batches)
+            for examples, share in zip(steps, shares, strict=True):
+                # Fetch the micro-batches of this step, and count the labelled tokens of all ranks; the lengths of the
+                # examples tell them, so that nobody has to ask the others.
+                step_batches = list(islice(micro_batches, len(share)))
+                step_tokens = target_tokens(lengths[examples])
                 step = run.step + 1
                 is_last = step >= total_steps
                 should_log = is_last or step % config.logging_steps == 0
                 should_evaluate = can_evaluate and (is_last or step % (config.eval_steps or steps_per_epoch) == 0)
                 should_save = config.save_steps > 0 and step % config.save_steps == 0 or (save_failed and should_log)
                 should_sample = config.sample_every > 0 and step % config.sample_every == 0
-                guard.begin_step(step, step_batches)
-                monitor.begin_step(step, step_batches, scaler.get_scale())
+                guard.begin_step(step, step_batches, step_tokens)
+                monitor.begin_step(step, step_batches, scaler.get_scale() * world.size)
 
                 # Forward and backward. Each micro-batch adds its part to the mean over all tokens of the step, so
                 # that 4 x 1, 2 x 2 and 1 x 4 examples give the same gradient, whatever their lengths. The head works
-                # where there is a target only; the collation has shifted the labels by one.
+                # where there is a target only; the collation has shifted the labels by one. In the last backward pass
+                # the ranks average their gradients: the sum, which is wanted, is the mean times their number.
                 step_loss = torch.zeros((), device=device)
-                forward = model.transformer if monitor.is_on else transformer  # compiled code cannot be listened to
-                for batch in step_batches:
+                for number, batch in enumerate(step_batches, start=1):
                     batch = batch.to(device)
-                    with precision.autocast():
-                        hidden = forward(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
-                        loss = summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
-                    loss = loss / max(1, step_tokens)
-                    scaler.scale(loss).backward()
+                    with exchange_gradients(transformer, number == len(step_batches)), monitor.listening():
+                        with precision.autocast():
+                            hidden = transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
+                            loss = summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
+                        loss = loss / max(1, step_tokens)
+                        scaler.scale(loss * world.size).backward()
                     step_loss += loss.detach()
+                step_loss = world.sum(step_loss)
 
                 # Take the loss scale out of the gradients once, now that they are complete; measure and clip them.
                 scaler.unscale_(optimizer)
@@ -234,7 +263,8 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                 # Refuse a loss or gradient that is not finite: AdamW's running means would never lose it again. The
                 # step is repeated to find where it began, and then, by --on_nonfinite, the run ends or goes on without.
                 guard.refuse(step_loss, grad_norm)
-                looks = guard.looks_always or should_log or should_evaluate or should_save or signals.received
+                stop_signal = signals.poll()
+                looks = guard.looks_always or should_log or should_evaluate or should_save or stop_signal
                 bad_step = guard.look() if looks else None
                 if bad_step:
                     fault = report(bad_step)
@@ -252,7 +282,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                     schedule.step()
                 figures = monitor.after_update()
                 optimizer.zero_grad(set_to_none=True)
-                tracker.count_step(step_loss, grad_norm, step_batches, skipped)
+                tracker.count_step(step_loss, grad_norm, lengths[examples], step_batches, skipped)
 
                 # Log, evaluate, save, stop if asked to. Reading a number from a GPU waits until it is computed (a sync
                 # point): a step that logs nothing reads none.
@@ -267,18 +297,19 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                 if should_evaluate:
                     should_save |= validate() and config.load_best_model_at_end
                     stopped_early = 0 < config.early_stopping_patience <= run.evaluations_since_best
-                stop_signal = signals.received  # asked once: the answer may change between two looks
-                if should_save or stop_signal:
+                if should_save or signals.received:
                     folder = save()
                     save_failed = folder is None
-                done = is_last or stopped_early or stop_signal is not None
+                done = is_last or stopped_early or signals.received is not None
+                if done:
+                    break
 
         tracker.close_bar()
         if run.evaluation_due or (run.step < total_steps and not stopped_early):
             if save_failed:
                 raise errors.UserError(f"stopped by {signals.name} after step {run.step}, which could not be saved")
             print(f"stopped by {signals.name} after step {run.step} and saved {folder}; to go on, run:")
-            print(f"  {resume_command(config)}")
+            print(f"  {resume_command(config, world)}")
             return signals.exit_code
 
         # ---- Finish: the best model, its figures, a few texts -------------------------------------------------------
@@ -288,22 +319,24 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
             )
         if config.load_best_model_at_end and 0 < run.best_step < run.step:
             best = output_dir / f"checkpoint-{run.best_step}"
-            if reason := damage(best):
+            if reason := world.on_main(lambda: damage(best)):
                 tracker.warn(f"{best}, the best, is damaged ({reason}): the model of the last step is kept")
             else:
-                model.load_state_dict(load_model(str(best)).state_dict())
+                load_weights(model, load_model(str(best)).state_dict())
                 print(f"took the model of step {run.best_step}, the best")
         results = tracker.results()
         if "test" in tokenized:
-            test = evaluate(model, loader_of("test"), precision)
+            test = evaluate(model, loader_of("test"), precision, world, signals=None)
             assert test
             results |= {"test_loss": test.loss, "test_perplexity": test.perplexity}
 
+        weights = whole_weights(model, world)
+
         def write_all(folder: Path) -> None:
-            write_model(folder)
+            write_model(folder, weights)
             write_json(folder / RESULTS_FILE, results)
 
-        export(output_dir, write_all)
+        world.on_main(lambda: export(output_dir, write_all))
         samples = sample_texts(model, tokenizer, text_format, config.seed)
         tracker.log_samples(samples)
         tracker.log_results(results)
@@ -313,12 +346,13 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
     return 0
 
 
-def resume_command(config: TrainConfig) -> str:
+def resume_command(config: TrainConfig, world: World) -> str:
     """Return the command that continues a run that was stopped."""
+    start = ["torchrun", f"--nproc_per_node={world.size}"] if world.launched else ["python"]
     words = [word for word in sys.argv if word != "--overwrite_output_dir"]
     if config.resume_from_checkpoint != "latest":
         words += ["--resume_from_checkpoint", "latest"]  # of a flag given twice the last one counts
-    return shlex.join(["python", *words])
+    return shlex.join([*start, *words])
 
 
 def not_finite_error(fault: Fault, run: RunState, saved_in: Path | None, output_dir: Path) -> errors.UserError:
@@ -338,9 +372,11 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and saving, which take a moment
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told by our own
-    config = parse_config(TrainConfig)
-    with locked(Path(config.output_dir)):
-        return train(config)
+    world = World.of_environment()
+    with world.only_main_speaks():
+        config = world.read_alike(lambda: parse_config(TrainConfig))
+        with world.connected(), locked(Path(config.output_dir)) if world.is_main else nullcontext():
+            return train(config, world)
 
 
 if __name__ == "__main__":

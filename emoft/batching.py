@@ -17,6 +17,8 @@ from emoft.loss import IGNORED, shift_labels
 # compiles code for it and keeps that (a gigabyte after a few hundred shapes), cuBLAS and torch.compile choose anew.
 MULTIPLE = {"cpu": 8, "cuda": 64}
 
+Lengths = np.ndarray[Any, np.dtype[np.int64]]  # (E,) tokens of each example
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,24 +40,21 @@ class Batch:
         """Of all examples, without any filling."""
         return sum(self.lengths)
 
-    @property
-    def pairs(self) -> int:
-        """Of a token and a token of its example that it sees, itself included; tells attention's cost."""
-        return sum(length * (length + 1) // 2 for length in self.lengths)
-
     def owners(self) -> Tensor:
         """Return (B, T) int64: which example each place belongs to, counted from 0; -1 for what only fills up."""
         mask = self.inputs.get("attention_mask")
         if mask is not None:
-            return torch.where(mask.bool(), torch.arange(len(mask), device=mask.device)[:, None], -1)
+            rows = torch.arange(len(mask), device=mask.device)[:, None]
+            return torch.where(mask.bool() & (rows < self.examples), rows, -1)
         owners = torch.repeat_interleave(torch.arange(self.examples), torch.tensor(self.lengths))
         filling = self.inputs["input_ids"].numel() - self.tokens
         return torch.nn.functional.pad(owners, (0, filling), value=-1)[None]
 
     def token_ids(self) -> list[list[int]]:
         """Return the tokens of each example, without any filling."""
-        ids = self.inputs["input_ids"][self.owners() >= 0]
-        return [example.tolist() for example in ids.split(self.lengths)]
+        ids = self.inputs["input_ids"][self.owners() >= 0].tolist()
+        ends = np.cumsum(self.lengths).tolist()
+        return [ids[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
 
     def aligned_share(self) -> float:
         """Return the share of targets that are the token right after the place that predicts them: 1 if all is well."""
@@ -77,7 +76,7 @@ class Batch:
 
 
 def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the micro-batches of an epoch as indices into the train split.
+    """Return the batches of an epoch, one for each optimizer step, as indices into the train split.
 
     The order is a function of seed and epoch alone, so that a resumed run finds its place without replaying anything.
     """
@@ -87,8 +86,18 @@ def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list
 
 def length_sorted_batches(rows: Dataset, batch_size: int) -> list[list[int]]:
     """Return batches in the order of length, longest first, which pads least; for evaluation, where order is free."""
-    lengths = pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
-    return _chunks(np.argsort(-lengths, kind="stable").tolist(), batch_size)
+    return _chunks(np.argsort(-token_lengths(rows), kind="stable").tolist(), batch_size)
+
+
+def token_lengths(rows: Dataset) -> Lengths:
+    """Return the tokens of each example of a tokenized split."""
+    lengths = pc.list_value_length(rows.with_format("arrow")[:]["input_ids"])
+    return np.asarray(lengths.to_numpy(), dtype=np.int64)
+
+
+def target_tokens(lengths: Lengths) -> int:
+    """Return how many tokens of some examples are predicted: all but the first of each."""
+    return int(lengths.sum()) - len(lengths)
 
 
 def _chunks(order: list[int], size: int) -> list[list[int]]:
@@ -98,7 +107,8 @@ def _chunks(order: list[int], size: int) -> list[list[int]]:
 def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Batch:
     """Lay examples end to end in one row, with positions that restart at each; nothing is computed for padding.
 
-    Only the end is filled up to a multiple, by one more example that predicts nothing.
+    Only the end is filled up to a multiple, by one more example that predicts nothing. Of no examples at all, it makes
+    a batch of that alone, for the rank that has none.
 
     Returns:
         A batch whose inputs are "input_ids" and "position_ids", both (1, N) int64, and what `emoft.attention` needs:
@@ -109,8 +119,8 @@ def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Ba
     lengths = [len(row["input_ids"]) for row in rows]
     tokens = sum(lengths)
     examples = tuple(lengths)
-    filling = -tokens % multiple
-    ids = np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
+    filling = -tokens % multiple if rows else multiple
+    ids = np.concatenate([np.zeros(0, dtype=np.int64), *(row["input_ids"] for row in rows)])
     ids = np.pad(ids, (0, filling), constant_values=pad_id)
     if filling:
         lengths.append(filling)
@@ -133,19 +143,21 @@ def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Ba
 def pad(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Batch:
     """Put each example in a row of its own, padded on the right to the longest.
 
-    GPT-2 numbers positions from the left whatever the mask says, so that padding on the left would shift them.
+    GPT-2 numbers positions from the left whatever the mask says, so that padding on the left would shift them. Of no
+    examples at all, it makes one row that predicts nothing.
 
     Returns:
         A batch whose inputs are "input_ids" and "attention_mask", both (B, T) int64.
     """
-    lengths = np.array([len(row["input_ids"]) for row in rows])
+    texts = [row["input_ids"] for row in rows] or [[pad_id]]
+    lengths = np.array([len(text) for text in texts])
     mask = np.arange(max(lengths)) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    ids[mask] = np.concatenate([row["input_ids"] for row in rows])
+    ids[mask] = np.concatenate(texts)
     labels = np.where(mask, ids, IGNORED)
     labels[:, 0] = IGNORED  # nothing stands before the first token that could predict it
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
-    return _batch(inputs, torch.from_numpy(labels), tuple(lengths.tolist()), multiple)
+    return _batch(inputs, torch.from_numpy(labels), tuple(lengths.tolist()[: len(rows)]), multiple)
 
 
 def _batch(inputs: dict[str, Any], labels: Tensor, lengths: tuple[int, ...], multiple: int) -> Batch:

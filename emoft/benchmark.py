@@ -24,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from emoft import errors
 from emoft.batching import epoch_batches
 from emoft.config import Count, Length, Seed, TrainConfig, option, parse_config
+from emoft.distributed import World
 from emoft.machine import Machine, least_seconds, measure_bandwidth, measure_flops, synchronize
 from emoft.precision import Precision, choose_device
 from emoft.template import TextFormat
@@ -181,7 +182,7 @@ def run_emoft(pipe: Connection, config: BenchmarkConfig, train_config: TrainConf
         rows = Dataset.from_dict({"input_ids": texts})
         return model, tokenizer, text_format, {"train": rows.with_transform(count_step)}
 
-    train.train(train_config, load)
+    train.train(train_config, World(), load)
 
 
 def run_trainer(pipe: Connection, config: BenchmarkConfig, train_config: TrainConfig, kind: str) -> None:

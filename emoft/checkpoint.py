@@ -17,10 +17,12 @@ from safetensors import SafetensorError
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from emoft.config import TrainConfig
+from emoft.config import CONFIG_FILE, TrainConfig, config_text
+from emoft.distributed import World
 from emoft.errors import UserError, warn
+from emoft.parallel import load_optimizer_state, whole_optimizer_state
 from emoft.precision import Precision
-from emoft.randomness import random_state, set_random_state
+from emoft.randomness import random_state, seed_rank, set_random_state
 from emoft.tracking import RunState
 
 try:
@@ -29,11 +31,12 @@ except ImportError:  # Windows: no locks on folders
     fcntl = None  # type: ignore[assignment]
 
 STATE_FILE = "training_state.pt"
+STATE = {"examples_per_step", "data_checksum", "optimizer", "schedule", "scaler", "random_states", "run"}
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 STAGING, ASIDE = ".staging-", ".aside-"  # what is being written, and what it will replace
 # What a finished or interrupted run leaves besides its checkpoints; deleted by --overwrite_output_dir.
-RUN_FILES = ("trainer_state.json", "all_results.json", "train_config.yaml", "emoft.json", "model.safetensors", "runs")
+RUN_FILES = ("trainer_state.json", "all_results.json", CONFIG_FILE, "emoft.json", "model.safetensors", "runs")
 # Flags that a resumed run may change; all others alter the computation. What the data flags stand for, the tokens
 # themselves, is compared by checksum.
 FREE_TO_CHANGE = {
@@ -41,8 +44,10 @@ FREE_TO_CHANGE = {
     "per_device_eval_batch_size", "gradient_checkpointing", "torch_compile", "early_stopping_patience",
     "load_best_model_at_end", "model_name_or_path", "config_overrides", "vocab_size", "tokenizer_name", "test_file",
     "log_gradients_every", "sample_every", "on_nonfinite", "train_file", "validation_file", "dataset_name",
-    "dataset_config_name", "delimiter", "column_names", "text_column", "label_column", "max_train_samples",
+    "dataset_config_name", "delimiter", "column_names", "text_column", "label_column", "max_train_samples", "parallel",
 }  # fmt: skip
+# Together with the number of ranks they say how many examples a step has: see `examples_per_step`.
+STEP_SIZE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 class SaveError(UserError):
@@ -62,8 +67,10 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
+def find_checkpoint(config: TrainConfig, world: World) -> Path | None:
     """Return the checkpoint to resume from, or None for a fresh start.
+
+    A run that torchrun has restarted goes on from its latest, whatever the flags say.
 
     Raises:
         UserError: the output folder cannot be used, holds a run that the flags do not speak of, or the checkpoint
@@ -71,7 +78,9 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     """
     output_dir = Path(config.output_dir)
     wanted = config.resume_from_checkpoint
-    if wanted and config.overwrite_output_dir:
+    if world.restarts and wanted != "latest" and _is_of_same_run(config):
+        wanted = "latest"
+    elif wanted and config.overwrite_output_dir:
         raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other: drop one")
     if wanted == "latest":
         for checkpoint in reversed(checkpoints(output_dir)):
@@ -102,6 +111,14 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
             " latest, replace it by --overwrite_output_dir, or name another folder"
         )
     return None
+
+
+def _is_of_same_run(config: TrainConfig) -> bool:
+    try:
+        kept = (Path(config.output_dir) / CONFIG_FILE).read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return kept == config_text(config)
 
 
 @contextlib.contextmanager
@@ -335,23 +352,27 @@ def _remove(path: Path) -> None:
 
 def capture_state(
     config: TrainConfig,
+    world: World,
+    examples_per_step: int,
     data_checksum: str,
     optimizer: AdamW,
     schedule: LambdaLR,
     precision: Precision,
     run: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return all that a run needs, besides the model, to continue as if it had not stopped.
+    """Return all that a run needs, besides the model, to continue as if it had not stopped; a collective.
 
-    The position in the data is the step itself, since the order is a function of seed and epoch.
+    The position in the data is the step itself, since the order is a function of seed and epoch. What other ranks than
+    0 return lacks the optimizer's state.
     """
     return {
         "config": asdict(config),
+        "examples_per_step": examples_per_step,
         "data_checksum": data_checksum,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": whole_optimizer_state(optimizer, world),
         "schedule": schedule.state_dict(),
         "scaler": precision.scaler.state_dict(),
-        "random_state": random_state(precision.device),
+        "random_states": world.gather(random_state(precision.device)),
         "run": run,
     }
 
@@ -367,7 +388,7 @@ def load_state(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore"):  # of a strange file: the refusal below says enough
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["config"]
-        missing = {"data_checksum", "optimizer", "schedule", "scaler", "random_state", "run"} - set(state)
+        missing = STATE - set(state)
         if missing:
             raise KeyError(", ".join(sorted(missing)))
     except Exception as error:  # torch.load raises dozens of types for what is one case to the user
@@ -377,7 +398,7 @@ def load_state(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
     changed = [
         f"--{name} {value}, not {now.get(name)}"
         for name, value in saved.items()
-        if name not in FREE_TO_CHANGE and value != now.get(name)
+        if name not in FREE_TO_CHANGE and name not in STEP_SIZE and value != now.get(name)
     ]
     if changed:
         raise UserError(
@@ -385,6 +406,33 @@ def load_state(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
             " --output_dir"
         )
     return state
+
+
+def examples_per_step(config: TrainConfig, world: World, saved: dict[str, Any] | None) -> int:
+    """Return how many examples an optimizer step has, over all ranks and micro-batches.
+
+    A resumed run keeps the number it began with, on as many ranks as there are now, so that it computes the same.
+
+    Args:
+        config: all flags.
+        world: all ranks.
+        saved: the state that the run resumes from, of `load_state`.
+
+    Raises:
+        UserError: the flags ask a resumed run for another number.
+    """
+    asked = world.size * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if not saved or saved["examples_per_step"] == asked:
+        return asked
+    kept = int(saved["examples_per_step"])
+    changed = [name for name in STEP_SIZE if saved["config"].get(name) != getattr(config, name)]
+    if changed:
+        raise UserError(
+            f"the run that you resume has {kept} examples a step, which --{changed[0]} {getattr(config, changed[0])}"
+            f" makes {asked}: leave it as it was ({saved['config'].get(changed[0])}), on any number of processes, or"
+            " start anew in another --output_dir"
+        )
+    return kept
 
 
 def check_data(state: dict[str, Any], data_checksum: str, checkpoint: Path, config: TrainConfig) -> None:
@@ -406,8 +454,12 @@ def check_data(state: dict[str, Any], data_checksum: str, checkpoint: Path, conf
     )
 
 
-def restore_state(state: dict[str, Any], optimizer: AdamW, schedule: LambdaLR, precision: Precision) -> RunState:
+def restore_state(
+    state: dict[str, Any], config: TrainConfig, world: World, optimizer: AdamW, schedule: LambdaLR, precision: Precision
+) -> RunState:
     """Put a loaded state into the objects of a run. The model is loaded by itself, from the same folder.
+
+    On another number of ranks, dropout draws new random numbers.
 
     Returns:
         What the run knows about itself.
@@ -416,10 +468,14 @@ def restore_state(state: dict[str, Any], optimizer: AdamW, schedule: LambdaLR, p
         UserError: the state is not of this model.
     """
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(optimizer, state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         precision.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random_state"], precision.device)
-        return RunState(**state["run"])
+        run = RunState(**state["run"])
+        if len(state["random_states"]) == world.size:
+            set_random_state(state["random_states"][world.rank], precision.device)
+        else:
+            seed_rank(config.seed, world.rank, run.step)
+        return run
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise UserError(f"{STATE_FILE} does not fit the model ({error}): resume from another checkpoint") from None

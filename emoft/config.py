@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PRESETS = Path(__file__).parent / "presets"
+CONFIG_FILE = "train_config.yaml"  # in the output folder
 INPUT_FILES = ("train_file", "validation_file", "test_file")
 
 
@@ -129,8 +130,11 @@ class TrainConfig:
         "stop", "when a loss or gradient is infinite or NaN: stop, or skip that step (ten in a row stop)"
     )
 
-    # Device
+    # Devices
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "under torchrun: a copy of the model on each device, or its weights spread over them"
+    )
 
 
 @dataclass
@@ -230,18 +234,23 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def config_text(config: TrainConfig) -> str:
+    """Return the resolved configuration as YAML, with the whole paths of its files."""
+    values = asdict(config)
+    for name in INPUT_FILES:
+        if values[name]:
+            values[name] = os.path.abspath(values[name])
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as YAML, which --config takes back from any folder.
 
     Raises:
         UserError: it cannot be written.
     """
-    values = asdict(config)
-    for name in INPUT_FILES:
-        if values[name]:
-            values[name] = os.path.abspath(values[name])
     try:
-        path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        path.write_text(config_text(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): make room, or name another folder") from None
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
 from emoft.batching import Batch
+from emoft.distributed import World
 from emoft.loss import summed_cross_entropy
 from emoft.precision import Precision
 from emoft.signals import StopSignals
@@ -35,18 +36,19 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the weights that FSDP gathers in it could not be trained any more
 def evaluate(
-    model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Precision, signals: StopSignals | None = None
+    model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Precision, world: World, signals: StopSignals | None
 ) -> Evaluation | None:
-    """Return the loss over all batches of a loader, each token weighing the same; dropout is off meanwhile.
+    """Return the loss over all batches of all ranks' loaders, each token weighing the same; dropout is off meanwhile.
 
     The sum is kept in float64, so that the order of the batches does not show in the result.
 
     Args:
         model: in either mode.
-        loader: the split.
+        loader: this rank's batches of the split, as many on each rank.
         precision: of the run.
+        world: all ranks.
         signals: if one was received, the evaluation ends at the next batch.
 
     Returns:
@@ -54,17 +56,17 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=precision.device)
-    tokens = 0
+    total = torch.zeros(2, dtype=torch.float64, device=precision.device)  # loss and tokens
     for batch in tqdm(loader, desc="Evaluating", unit="batch", leave=False, dynamic_ncols=True):
-        if signals and signals.received:
+        if signals and signals.poll():
             break
-        tokens += batch.target_tokens
+        total[1] += batch.target_tokens
         batch = batch.to(precision.device)
         with precision.autocast():
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-            total += summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
+            total[0] += summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
     model.train(was_training)
     if signals and signals.received:
         return None
-    return Evaluation(loss=total.item() / max(1, tokens), tokens=tokens)
+    loss, tokens = world.sum(total).tolist()
+    return Evaluation(loss=loss / max(1, tokens), tokens=int(tokens))

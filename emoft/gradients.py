@@ -3,6 +3,7 @@
 `python -m emoft.gradients RUN_DIR` reads the figures of a run and says what they mean: see `emoft.diagnosis`.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import GPT2LMHeadModel
 
 from emoft.batching import Batch
+from emoft.distributed import World
+from emoft.parallel import whole
 
 # The kinds of weight in a block. Weight and bias of a kind are taken together, and so are the two LayerNorms.
 KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "ln")
@@ -70,8 +73,9 @@ class GradientMonitor:
     A step that is not measured costs nothing but the question whether it is.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, optimizer: AdamW, every: int) -> None:
+    def __init__(self, model: GPT2LMHeadModel, optimizer: AdamW, every: int, world: World) -> None:
         self.model, self.optimizer, self.every = model, optimizer, every  # every: optimizer steps; 0 is never
+        self.world = world
         self.groups = group_parameters(model)
         self.blocks = [f"h{number:02}" for number in range(len(model.transformer.h))]
         self.is_on = False
@@ -82,8 +86,8 @@ class GradientMonitor:
 
         Args:
             step: the number of the optimizer step that begins.
-            batches: its micro-batches.
-            loss_scale: what fp16 multiplies the loss by, and so all gradients until they are unscaled.
+            batches: its micro-batches, this rank's.
+            loss_scale: what the loss, and so each gradient of this rank, is multiplied by until they are unscaled.
         """
         self.is_on = self.every > 0 and step % self.every == 0
         if not self.is_on:
@@ -92,9 +96,9 @@ class GradientMonitor:
         self.figures = Figures(step)
         self._loss_scale = loss_scale
         self._read_later: dict[str, Tensor] = {}  # numbers that are still on the device
-        self._touched = torch.tensor(sorted({i for batch in batches for ids in batch.token_ids() for i in ids})).to(
-            device
-        )
+        self._sums: dict[str, Tensor] = {}  # likewise, of this rank: a sum, and over how many tokens or values it runs
+        seen = self.world.gather({i for batch in batches for ids in batch.token_ids() for i in ids})
+        self._touched = torch.tensor(sorted(set().union(*seen)), device=device)
         self._is_token = (batches[0].owners() >= 0).to(device)
         for number, name in enumerate(self.blocks):
             block = self.model.transformer.h[number]
@@ -105,25 +109,30 @@ class GradientMonitor:
     def _output_hook(self, name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            if f"activation_norm/{name}" in self._read_later or not hidden.requires_grad:
+            if f"activation_norm/{name}" in self._sums or not hidden.requires_grad:
                 return  # a later micro-batch, or an evaluation
             tokens = hidden.detach()[self._is_token].float()  # (N, C)
-            self._read_later[f"activation_norm/{name}"] = tokens.norm() / math.sqrt(len(tokens))
+            self._sums[f"activation_norm/{name}"] = _sum_of(tokens.norm().double() ** 2, len(tokens))
             hidden.register_hook(look_at_gradient)
 
         def look_at_gradient(gradient: Tensor) -> None:
-            norm = gradient[self._is_token].float().norm() / self._loss_scale
-            self._read_later.setdefault(f"activation_gradient/{name}", norm)
+            norm = gradient[self._is_token].float().norm().double() / self._loss_scale
+            self._sums.setdefault(f"activation_gradient/{name}", _sum_of(norm**2, 1))
 
         return look
 
     def _saturation_hook(self, name: str) -> Any:
         def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
             tag = f"activation_saturation/{name}"
-            if tag not in self._read_later:
-                self._read_later[tag] = (inputs[0].detach()[self._is_token] < SATURATED).float().mean()
+            if tag not in self._sums:
+                saturated = inputs[0].detach()[self._is_token] < SATURATED
+                self._sums[tag] = _sum_of(saturated.sum(), saturated.numel())
 
         return look
+
+    def listening(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context of a forward and backward pass: compiled code cannot be listened to."""
+        return torch.compiler.set_stance("force_eager") if self.is_on else contextlib.nullcontext()
 
     @torch.no_grad()
     def before_update(self) -> None:
@@ -135,26 +144,26 @@ class GradientMonitor:
             return
         clip = getattr(self.optimizer, "grad_scale", None)  # what the update will divide the gradients by
         for place, parameters in self.groups.items():
-            gradients = [p.grad for p in parameters if p.grad is not None]
+            gradients = _gradients(parameters)
             zeros = sum((g.numel() - g.count_nonzero() for g in gradients), torch.zeros((), device=self.model.device))
             self._read_later |= {
                 f"gradient_norm/{place}": _norm(gradients),
-                f"weight_norm/{place}": _norm(parameters),
+                f"weight_norm/{place}": _norm([whole(p) for p in parameters]),
                 f"gradient_zeros/{place}": zeros / max(1, sum(g.numel() for g in gradients)),
             }
             if gradients and (ratio := self._signal_to_noise(parameters, clip)) is not None:
                 self._read_later[f"signal_to_noise/{place}"] = ratio
         embedding = self.model.transformer.wte.weight
         if embedding.grad is not None:
-            rows = embedding.grad.norm(dim=1).square()  # (V,)
+            rows = whole(embedding.grad).norm(dim=1).square()  # (V,)
             touched = rows[self._touched].sum()
             rows[self._touched] = 0
             self._read_later["gradient_norm/wte.touched"] = touched.sqrt()
             self._read_later["gradient_norm/wte.others"] = rows.sum().sqrt()
         for name in [*self.blocks, "wte"]:
             parameters = self._parameters_of(name)
-            self.figures.histograms[f"weights/{name}"] = histogram(parameters)
-            if gradients := [p.grad for p in parameters if p.grad is not None]:
+            self.figures.histograms[f"weights/{name}"] = histogram([whole(p) for p in parameters])
+            if gradients := _gradients(parameters):
                 self.figures.histograms[f"gradients/{name}"] = histogram(gradients)
         self._weights = {p: p.detach().clone() for parameters in self.groups.values() for p in parameters}
 
@@ -170,8 +179,9 @@ class GradientMonitor:
             if parameter.grad is None or not state or not state["step"]:
                 return None
             beta = self.optimizer.param_groups[0]["betas"][0]
-            mean = state["exp_avg"] / (1 - beta ** float(state["step"]))  # unbiased: Kingma and Ba, 2015, algorithm 1
-            gradient = parameter.grad if clip is None else parameter.grad / clip  # the mean is of clipped ones
+            # Unbiased: Kingma and Ba, 2015, algorithm 1. It is one of clipped gradients.
+            mean = whole(state["exp_avg"]) / (1 - beta ** float(state["step"]))
+            gradient = whole(parameter.grad) if clip is None else whole(parameter.grad) / clip
             signal.append(mean.norm())
             noise.append((gradient - mean).norm())
         return _norm(signal) / _norm(noise)
@@ -187,9 +197,15 @@ class GradientMonitor:
             return None
         self.is_on = False
         for place, parameters in self.groups.items():
-            self._read_later[f"update_norm/{place}"] = _norm([self._weights[p].sub_(p.detach()) for p in parameters])
+            changes = [whole(self._weights[p].sub_(p.detach())) for p in parameters]
+            self._read_later[f"update_norm/{place}"] = _norm(changes)
         del self._weights
         values = dict(zip(self._read_later, torch.stack(list(self._read_later.values())).tolist(), strict=True))
+        sums = self.world.sum(torch.stack(list(self._sums.values())))
+        for tag, (total, count) in zip(self._sums, sums.tolist(), strict=True):
+            values[tag] = total / max(1, count)
+            if "saturation" not in tag:
+                values[tag] = math.sqrt(total if "gradient" in tag else values[tag])
         for name in self.blocks:
             for kind in ("gradient_norm", "weight_norm", "update_norm"):
                 values[f"{kind}/{name}"] = math.hypot(*(values[f"{kind}/{p}"] for p in self.groups if name == p[:3]))
@@ -202,6 +218,14 @@ class GradientMonitor:
         gradients = [shape for tag, shape in figures.histograms.items() if tag.startswith("gradients/")]
         figures.scalars["gradient_not_finite/entries"] = float(sum(shape.not_finite for shape in gradients))
         return figures
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [whole(p.grad) for p in parameters if p.grad is not None]
+
+
+def _sum_of(total: Tensor, count: int) -> Tensor:
+    return torch.stack([total.double(), total.new_tensor(count, dtype=torch.float64)])
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def _masked(values: Tensor, kept: Tensor, scale: float) -> Tensor:
     return kept.to(values.dtype).mul_(scale).mul_(values)
 
 
-def compiled(transformer: nn.Module) -> Callable[..., Any]:
+def compiled(transformer: nn.Module) -> nn.Module:
     """Return a compiled form of a model's transformer, over the same weights; made when it is first called.
 
     The number of tokens differs from batch to batch: it is a variable of the compiled code, which is made only once.
@@ -80,8 +79,7 @@ def compiled(transformer: nn.Module) -> Callable[..., Any]:
             f"--torch_compile: nothing can be compiled here ({reason}): install a C++ compiler (on Debian and Ubuntu"
             " g++ and python3-dev), or drop the flag"
         ) from None
-    function: Callable[..., Any] = torch.compile(transformer, dynamic=True)
-    return function
+    return torch.compile(transformer, dynamic=True)  # type: ignore[return-value]  # a module around the module
 
 
 def keep_freed_memory() -> None:

@@ -2,10 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import GPT2Config
 
@@ -24,21 +25,21 @@ class Machine:
     bandwidth: float  # bytes per second, read and written together
 
 
-def training_operations(model: GPT2Config, tokens: int, targets: int, pairs: int) -> float:
+def training_operations(model: GPT2Config, lengths: Iterable[int]) -> float:
     """Return the floating-point operations of a forward and a backward pass.
 
     For each weight and token 2 forward and twice that backward (Kaplan et al., 2020, section 2.1), the head's only
-    where there is a target; and attention's 12 C for each layer and each pair of tokens that see each other.
+    where there is a target; and attention's 12 C for each layer and each pair of tokens that see each other, which are
+    T (T + 1) / 2 in a text of T.
 
     Args:
         model: the shape of the model.
-        tokens: of all examples.
-        targets: tokens that are predicted.
-        pairs: of a token and a token that it sees: T (T + 1) / 2 of an example of T tokens.
+        lengths: tokens of each text; all but the first of each are targets.
     """
-    return 6.0 * (block_weights(model) * tokens + model.n_embd * model.vocab_size * targets) + (
-        12.0 * model.n_embd * model.n_layer * pairs
-    )
+    texts = np.fromiter(lengths, dtype=np.float64)
+    tokens, targets, pairs = texts.sum(), (texts - 1).sum(), (texts * (texts + 1) / 2).sum()
+    weights = block_weights(model) * tokens + model.n_embd * model.vocab_size * targets
+    return float(6 * weights + 12 * model.n_embd * model.n_layer * pairs)
 
 
 def block_weights(model: GPT2Config) -> int:
@@ -58,9 +59,8 @@ def least_seconds(machine: Machine, model: GPT2Config, lengths: list[int], half:
     2. Update. Bytes: each gradient is read for the norm; AdamW reads weight, gradient and its two moments, and writes
        all but the gradient: 8 x 4 for each parameter.
     """
-    tokens, pairs = sum(lengths), sum(length * (length + 1) // 2 for length in lengths)
     parameters = block_weights(model) + model.n_embd * (model.vocab_size + model.n_positions)
-    operations = training_operations(model, tokens, tokens - len(lengths), pairs)
+    operations = training_operations(model, lengths)
     weight_bytes = 4 + 2 + 2 * 2 if half else 2 * 4
     forward_backward = max(operations / machine.flops, (weight_bytes + 4) * parameters / machine.bandwidth)
     return forward_backward + 8 * 4 * parameters / machine.bandwidth

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -112,9 +113,23 @@ def load_model_and_tokenizer(config: TrainConfig, texts: Iterable[str]) -> tuple
     return model, tokenizer
 
 
-def save_model(folder: Path, model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text_format: TextFormat) -> None:
-    """Write a folder that `from_pretrained` and `pipeline` read, and the text format beside it."""
-    model.save_pretrained(folder)
+def save_model(
+    folder: Path,
+    model: GPT2LMHeadModel,
+    weights: dict[str, Tensor],
+    tokenizer: GPT2Tokenizer,
+    text_format: TextFormat,
+) -> None:
+    """Write a folder that `from_pretrained` and `pipeline` read, and the text format beside it.
+
+    Args:
+        folder: is there.
+        model: tells its configuration.
+        weights: of the model, whole.
+        tokenizer: the model's.
+        text_format: of the texts that it was trained on.
+    """
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     text_format.save(folder)
 

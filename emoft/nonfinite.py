@@ -4,7 +4,7 @@ import base64
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.optim import AdamW
 from transformers import GPT2LMHeadModel
 
 from emoft.batching import Batch
+from emoft.distributed import World
 from emoft.loss import summed_cross_entropy
+from emoft.parallel import whole
 from emoft.precision import Precision
 from emoft.randomness import random_state, set_random_state
 
@@ -25,7 +27,8 @@ class Step:
     """What repeats a step: its micro-batches, and the random state in which it began."""
 
     number: int
-    batches: list[Batch]
+    batches: list[Batch]  # of this rank
+    targets: int  # tokens that all ranks' micro-batches predict
     random_state: list[Tensor]
 
 
@@ -44,9 +47,9 @@ class NonFiniteGuard:
         self._first = torch.zeros((), dtype=torch.int64, device=precision.device)  # such step since the last look
         self._recent: list[Step] = []
 
-    def begin_step(self, number: int, batches: list[Batch]) -> None:
-        """Remember what repeats the step that begins."""
-        self._recent.append(Step(number, batches, random_state(self.precision.device)))
+    def begin_step(self, number: int, batches: list[Batch], targets: int) -> None:
+        """Remember what repeats the step that begins; see `Step`."""
+        self._recent.append(Step(number, batches, targets, random_state(self.precision.device)))
 
     def refuse(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Make the next `optimizer.step()` change nothing if the loss or the gradient is infinite or NaN.
@@ -78,7 +81,7 @@ class Fault:
     """Where a step stopped being finite. Lists of names are in the order of the model."""
 
     step: int
-    loss: float  # of the micro-batches up to the one at fault, in nats
+    loss: float  # in nats
     loss_scale: float
     found: str  # "forward", "backward", "weight gradient", or "nowhere" if it did not recur
     module: str = ""  # the first whose output, or whose output's gradient, was not finite; or the parameter
@@ -88,28 +91,31 @@ class Fault:
     gradients_not_finite: list[str] = field(default_factory=list)
     examples_at_fault: list[int] = field(default_factory=list)  # places in the step, from 0
     token_ids: list[list[int]] = field(default_factory=list)  # of each example of the step
-    random_state: list[str] = field(default_factory=list)  # torch's generators at the start of the step, base64
+    rank: int = 0  # of several, the first one where it was found
+    random_state: list[str] = field(default_factory=list)  # its generators at the start of the step, base64
 
 
-def trace(step: Step, model: GPT2LMHeadModel, precision: Precision) -> Fault:
+def trace(step: Step, model: GPT2LMHeadModel, precision: Precision, world: World) -> Fault:
     """Repeat a step, which has changed nothing, and note the first module that was not finite.
 
-    The gradients are gone afterwards; weights and random generators are as before.
+    Each rank repeats its own part; the result is the same on all. The gradients are gone afterwards; weights and random
+    generators are as before.
 
     Args:
         step: the step, of `NonFiniteGuard.look`.
         model: in training mode.
         precision: of the run.
+        world: all ranks.
     """
     fault = Fault(
         step.number, 0.0, precision.scaler.get_scale(), "nowhere",
-        parameters_not_finite=[name for name, p in model.named_parameters() if _is_bad(p)],
+        rank=world.rank,
+        parameters_not_finite=[name for name, p in model.named_parameters() if _is_bad(whole(p))],
         token_ids=[ids for batch in step.batches for ids in batch.token_ids()],
         random_state=[base64.b64encode(state.numpy().tobytes()).decode() for state in step.random_state],
     )  # fmt: skip
     model.zero_grad(set_to_none=True)
     examples_before = 0
-    step_tokens = max(1, sum(batch.target_tokens for batch in step.batches))
     with _random_state_of(step, precision.device):
         for cpu_batch in step.batches:
             batch = cpu_batch.to(precision.device)
@@ -117,27 +123,44 @@ def trace(step: Step, model: GPT2LMHeadModel, precision: Precision) -> Fault:
                 with precision.autocast():
                     hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
                     loss = summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
-                loss = loss / step_tokens
+                loss = loss / max(1, step.targets)
                 fault.loss += loss.item()
                 if _is_bad(loss):
                     listener.note("forward", "lm_head", loss)
-                if listener.first is None:
-                    precision.scaler.scale(loss).backward()
-            if listener.first is not None:
+                precision.scaler.scale(loss * world.size).backward()
+            if listener.first is not None and fault.found == "nowhere":
                 fault.found, fault.module, bad = listener.first
                 fault.values_not_finite, fault.values = int(bad.sum()), bad.numel()
                 owners = cpu_batch.owners()
                 places = owners[bad.flatten(2).any(2).cpu()] if bad.shape[:2] == owners.shape else owners
                 fault.examples_at_fault = [examples_before + int(i) for i in places[places >= 0].unique()]
-                break
             examples_before += batch.examples
-    fault.gradients_not_finite = [
-        name for name, p in model.named_parameters() if p.grad is not None and _is_bad(p.grad)
-    ]
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    fault.gradients_not_finite = [name for name, gradient in gradients if _is_bad(whole(gradient))]
     if fault.found == "nowhere" and fault.gradients_not_finite:
         fault.found, fault.module = "weight gradient", fault.gradients_not_finite[0]
     model.zero_grad(set_to_none=True)
-    return fault
+    return _of_all_ranks(world.gather(fault))
+
+
+def _of_all_ranks(faults: list[Fault]) -> Fault:
+    """Return what the ranks found, as one: the earliest in the course of a step."""
+    course = ("forward", "backward", "weight gradient", "nowhere")
+    first = min(faults, key=lambda fault: course.index(fault.found))
+    gradients = [name for fault in faults for name in fault.gradients_not_finite]
+    examples_at_fault, examples_before = [], 0
+    for fault in faults:
+        if (fault.found, fault.module) == (first.found, first.module):
+            examples_at_fault += [examples_before + place for place in fault.examples_at_fault]
+        examples_before += len(fault.token_ids)
+    return replace(
+        first,
+        loss=sum(fault.loss for fault in faults),
+        examples_at_fault=examples_at_fault,
+        # After a forward pass that is not finite, all are.
+        gradients_not_finite=[] if first.found == "forward" else list(dict.fromkeys(gradients)),
+        token_ids=[ids for fault in faults for ids in fault.token_ids],
+    )
 
 
 def describe(fault: Fault, examples: list[int], texts: list[str], details: str) -> list[str]:

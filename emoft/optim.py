@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from emoft.config import TrainConfig
 from emoft.errors import UserError
+from emoft.parallel import whole
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
@@ -75,7 +76,7 @@ def clip_gradients(optimizer: AdamW, max_grad_norm: float) -> Tensor:
         The L2 norm over all parameters before clipping, a tensor without dimensions, on the device.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = whole(nn.utils.get_total_norm(gradients))
     scale = (norm / (max_grad_norm or math.inf)).clamp(min=1.0)
     optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]  # the type that the kernel reads
     return norm

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch.amp import GradScaler
 
+from emoft.errors import UserError
+
 
 class Precision:
     """Autocast and GradScaler for one device.
@@ -33,6 +35,19 @@ def choose_precision(device: torch.device) -> str:
     return "no"
 
 
-def choose_device(use_cpu: bool) -> torch.device:
-    """Return the first GPU, or the CPU where there is none or `use_cpu` asks for it."""
-    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+def choose_device(use_cpu: bool, local_rank: int = 0) -> torch.device:
+    """Return the GPU of a rank, or the CPU where there is none or `use_cpu` asks for it.
+
+    Raises:
+        UserError: this host has fewer GPUs than ranks.
+    """
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"this host has {torch.cuda.device_count()} GPUs, and torchrun started a process too many: lower"
+            " --nproc_per_node, or add --use_cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)  # what libraries call "the" GPU
+    return device

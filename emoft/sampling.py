@@ -58,7 +58,7 @@ def check_prompts(
             raise UserError(f"prompt {number} has {length} tokens, no less than --max_length {limit}: raise it")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: the weights that FSDP gathers in it could not be trained any more
 def generate_batch(
     model: GPT2LMHeadModel,
     tokenizer: GPT2Tokenizer,

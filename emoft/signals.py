@@ -3,12 +3,16 @@
 import signal
 from types import FrameType, TracebackType
 
+from emoft.distributed import World
+
 
 class StopSignals:
     """While this context is open, the first SIGINT or SIGTERM is only noted, for the loop to ask for."""
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.received: signal.Signals | None = None  # by any rank, as of the last `poll`: the same on all
+        self._noted = 0  # by this one
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -23,9 +27,17 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        self._noted = number
+        if self.world.launched:
+            return  # Ctrl-C comes twice, from the terminal and from torchrun, which itself ends what takes too long
         for each in self._previous:
             signal.signal(each, signal.SIG_DFL)
+
+    def poll(self) -> signal.Signals | None:
+        """Ask all ranks, and return a signal that one of them has received, if there is one; a collective."""
+        number = self.world.highest(self._noted)
+        self.received = signal.Signals(number) if number else None
+        return self.received
 
     @property
     def name(self) -> str:

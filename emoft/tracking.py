@@ -22,9 +22,10 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 from transformers import GPT2Config
 
-from emoft.batching import Batch
+from emoft.batching import Batch, Lengths, target_tokens
 from emoft.charts import GROUPS, GUIDE, GUIDE_LEVEL, LAYOUT, TAGS, heat_map
 from emoft.config import TrainConfig
+from emoft.distributed import World
 from emoft.evaluate import Evaluation, perplexity
 from emoft.gradients import Figures
 from emoft.machine import memory_in_use, training_operations
@@ -86,6 +87,7 @@ class Tracker:
         unigram_entropy: float,
         peak_flops: float,
         device: torch.device,
+        world: World,
     ) -> None:
         self.config = config
         self.run = run
@@ -93,8 +95,9 @@ class Tracker:
         self.steps_per_epoch = steps_per_epoch
         self.shape = shape
         self.unigram_entropy = unigram_entropy  # of the train split's targets, in nats
-        self.peak_flops = peak_flops  # operations per second of the device at best
+        self.peak_flops = peak_flops * world.size  # operations per second of all devices at best
         self.device = device
+        self.world = world
         self.output_dir = Path(config.output_dir)
         # Loss, targets and clipped steps, summed on the device: reading a number from a GPU waits for all that it
         # still has to do.
@@ -115,6 +118,8 @@ class Tracker:
     def _open_writer(self) -> None:
         """Begin an event file. Where it cannot be written, the run goes on without, and tries again later."""
         self._described.clear()
+        if not self.world.is_main:
+            return
         try:
             # A resumed run hides what the interrupted one wrote after its last checkpoint. TensorBoard does so from
             # the second such mark on: the first one must be there from the beginning.
@@ -173,26 +178,27 @@ class Tracker:
         finally:
             self._clock_started = time.perf_counter()
 
-    def count_step(self, loss: Tensor, grad_norm: Tensor, batches: list[Batch], skipped: bool = False) -> None:
+    def count_step(
+        self, loss: Tensor, grad_norm: Tensor, lengths: Lengths, batches: list[Batch], skipped: bool = False
+    ) -> None:
         """Add an optimizer step.
 
         Args:
             loss: its mean over all targets, on the device.
             grad_norm: before clipping, likewise. If loss or norm is not finite, the step changed nothing, and does not
                 count for the mean of losses.
-            batches: its micro-batches.
+            lengths: tokens of each of its examples, on all ranks.
+            batches: its micro-batches on this rank.
             skipped: whether fp16's loss scaling dropped the update.
         """
         run = self.run
         self._batches = batches
         run.step += 1
         run.skipped_steps += skipped
-        run.samples += sum(batch.examples for batch in batches)
-        tokens = sum(batch.target_tokens for batch in batches)
+        run.samples += len(lengths)
+        tokens = target_tokens(lengths)
         run.tokens += tokens
-        run.operations += sum(
-            training_operations(self.shape, batch.tokens, batch.target_tokens, batch.pairs) for batch in batches
-        )
+        run.operations += training_operations(self.shape, lengths)
         is_clipped = grad_norm > (self.config.max_grad_norm or math.inf)
         row = torch.stack([loss * tokens, torch.full_like(loss, tokens), is_clipped]).double()
         self._sums += torch.where(loss.isfinite() & grad_norm.isfinite(), row, 0)
@@ -208,6 +214,8 @@ class Tracker:
         """Log the steps since the last entry. Reads from the device: a CPU-GPU sync point."""
         run = self.run
         with self.clock_stopped():
+            if self.writer is None:
+                self._open_writer()
             self._read_sums()
             loss = (
                 run.since_log("loss_sum") / run.since_log("loss_tokens") if run.since_log("loss_tokens") else math.nan
@@ -296,10 +304,11 @@ class Tracker:
         run.nonfinite_steps += 1
         run.nonfinite_in_row = run.nonfinite_in_row + 1 if fault.step == run.last_nonfinite_step + 1 else 1
         run.last_nonfinite_step = fault.step
-        try:
-            write_json(self.output_dir / fault_file(fault.step), {**asdict(fault), **details})
-        except OSError as error:
-            self.warn(f"{fault_file(fault.step)} cannot be written ({error.strerror})")
+        if self.world.is_main:
+            try:
+                write_json(self.output_dir / fault_file(fault.step), {**asdict(fault), **details})
+            except OSError as error:
+                self.warn(f"{fault_file(fault.step)} cannot be written ({error.strerror})")
         tqdm.write("\n".join(lines))
         self._add_text("nonfinite", "\n".join(lines), fault.step)
         self._add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)

@@ -44,7 +44,7 @@ def test_what_a_batch_says_of_its_examples(collate) -> None:
     assert owners.flatten().tolist() == (
         [0, 0, 0, 1, 2, 2, -1, -1] if collate is pack else [0, 0, 0, 1, -1, -1, 2, 2, -1]
     )
-    assert (batch.examples, batch.tokens, batch.pairs) == (3, 6, 6 + 1 + 3)
+    assert (batch.examples, batch.tokens) == (3, 6)
     assert batch.aligned_share() == 1
 
 

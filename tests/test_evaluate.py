@@ -9,6 +9,7 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 from emoft.attention import use_packed_attention
 from emoft.batching import build_loader, length_sorted_batches
 from emoft.data import encode
+from emoft.distributed import World
 from emoft.evaluate import Evaluation, evaluate
 from emoft.precision import Precision
 from emoft.template import TextFormat
@@ -27,7 +28,7 @@ def test_equals_a_sum_over_examples_in_float64(tiny_model, batch_size: int, batc
     data = Dataset.from_dict({"input_ids": rows})
     batches = length_sorted_batches(data, batch_size)
     loader = build_loader(data, batches, tokenizer.eos_token_id, CPU, batching)
-    result = evaluate(model, loader, Precision("no", CPU))
+    result = evaluate(model, loader, Precision("no", CPU), World(), signals=None)
     assert model.training, "it is left as it was"
     total, tokens = 0.0, 0
     model.eval()

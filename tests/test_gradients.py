@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from emoft.attention import use_packed_attention
 from emoft.batching import Batch, pack, pad
 from emoft.config import TrainConfig
+from emoft.distributed import World
 from emoft.gradients import BINS, KINDS, NO_UPDATE, Figures, GradientMonitor, group_parameters, histogram
 from emoft.loss import summed_cross_entropy
 from emoft.optim import build_optimizer, clip_gradients
@@ -38,7 +39,7 @@ def measured_step(batches: list[Batch], scale: float) -> tuple[Figures, GPT2LMHe
     model = model_of()
     use_packed_attention(model)
     optimizer = build_optimizer(model, SETTINGS)
-    monitor = GradientMonitor(model, optimizer, every=2)
+    monitor = GradientMonitor(model, optimizer, every=2, world=World())
     scaler = GradScaler("cpu", init_scale=scale, enabled=scale != 1)
     tokens = sum(batch.target_tokens for batch in batches)
     figures = None
@@ -231,7 +232,7 @@ def test_a_count_above_what_float32_holds() -> None:
 
 def test_steps_that_are_not_measured_leave_no_hook() -> None:
     model = model_of()
-    monitor = GradientMonitor(model, build_optimizer(model, SETTINGS), every=3)
+    monitor = GradientMonitor(model, build_optimizer(model, SETTINGS), every=3, world=World())
     batch = pack([{"input_ids": TEXTS[0]}], pad_id=0)
     hooks = {}
     for step in (1, 2, 3, 4):

@@ -16,14 +16,16 @@ def test_the_weights_of_gpt2_small() -> None:
 
 
 def test_operations_are_six_for_each_weight_and_token() -> None:
-    assert training_operations(SMALL, 100, 90, 0) == 6 * (block_weights(SMALL) * 100 + 768 * 50257 * 90)
-    assert training_operations(SMALL, 0, 0, 7) == 12 * 768 * 12 * 7
+    lengths = [2, 30, 68]
+    pairs = 1 + 2 + sum(range(1, 31)) + sum(range(1, 69))
+    weights = block_weights(SMALL) * 100 + 768 * 50257 * 97
+    assert training_operations(SMALL, lengths) == pytest.approx(6 * weights + 12 * 768 * 12 * pairs, rel=1e-15)
 
 
 def test_the_limit_is_the_larger_of_arithmetic_and_memory_and_then_the_update() -> None:
     parameters = block_weights(SMALL) + 768 * (50257 + 1024)
     lengths = [20, 30]
-    operations = training_operations(SMALL, 50, 48, 210 + 465)
+    operations = training_operations(SMALL, lengths)
     memory_bound = least_seconds(Machine(flops=1e30, bandwidth=1e9), SMALL, lengths, half=True)
     assert memory_bound == pytest.approx((10 + 4 + 32) * parameters / 1e9)
     assert least_seconds(Machine(1e30, 1e9), SMALL, lengths, half=False) == pytest.approx(

@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 from emoft.attention import use_packed_attention
 from emoft.batching import pack
 from emoft.config import TrainConfig
+from emoft.distributed import World
 from emoft.nonfinite import NonFiniteGuard, Step, trace
 from emoft.optim import build_optimizer, clip_gradients
 from emoft.precision import Precision
@@ -39,7 +40,7 @@ def test_a_step_that_is_not_finite_changes_nothing(place: str, value: float, ski
     if place == "gradient":
         model.weight.grad[0, 0] = value
     guard = NonFiniteGuard(optimizer, FP32, "stop")
-    guard.begin_step(7, [])
+    guard.begin_step(7, [], 3)
     guard.refuse(loss, clip_gradients(optimizer, 1.0))
     optimizer.step()
     after = list(model.parameters())
@@ -58,7 +59,7 @@ def test_where_nobody_looks_at_every_step_nothing_is_updated_until_somebody_does
     states = []
     for step, loss in enumerate([1.0, math.nan, 1.0, 1.0], start=1):
         model(torch.ones(1, 3)).sum().backward()
-        guard.begin_step(step, [])
+        guard.begin_step(step, [], 3)
         guard.refuse(torch.tensor(loss), clip_gradients(optimizer, 1.0))
         optimizer.step()
         optimizer.zero_grad()
@@ -78,7 +79,7 @@ def test_an_overflow_of_fp16_is_no_fault_until_no_scale_can_help() -> None:
 
     def is_fault(loss: float, norm: float, scale: float) -> bool:
         precision.scaler.load_state_dict({**precision.scaler.state_dict(), "scale": scale})
-        guard.begin_step(1, [])
+        guard.begin_step(1, [], 3)
         guard.refuse(torch.tensor(loss), torch.tensor(norm))
         return guard.look() is not None
 
@@ -98,11 +99,11 @@ class TestTrace:
     def trace(self, model: GPT2LMHeadModel):
         batches = [pack([{"input_ids": text}], pad_id=0, multiple=8) for text in TEXTS[:1]]
         batches += [pack([{"input_ids": text} for text in TEXTS[1:]], pad_id=0, multiple=8)]
-        step = Step(3, batches, random_state(CPU))
+        step = Step(3, batches, sum(batch.target_tokens for batch in batches), random_state(CPU))
         weights = [parameter.detach().clone() for parameter in model.parameters()]
         torch.manual_seed(99)
         now = torch.get_rng_state()
-        fault = trace(step, model, FP32)
+        fault = trace(step, model, FP32, World())
         assert torch.equal(now, torch.get_rng_state())
         assert all(torch.equal(a, b.nan_to_num(nan=0)) or a.isnan().any() or a.isinf().any()
                    for a, b in zip(weights, model.parameters(), strict=True))  # fmt: skip
@@ -142,7 +143,7 @@ class TestTrace:
         """sqrt(0) is 0 and its derivative infinite: added to a module's output, it shows in the backward pass only."""
         plant = model.transformer.h[1].ln_2.register_forward_pre_hook(lambda _, args: (args[0] + (args[0] * 0).sqrt(),))
         batch = pack([{"input_ids": text} for text in TEXTS], pad_id=0, multiple=8)
-        fault = trace(Step(1, [batch], random_state(CPU)), model, FP32)
+        fault = trace(Step(1, [batch], batch.target_tokens, random_state(CPU)), model, FP32, World())
         plant.remove()
         assert fault.found == "backward"
         assert fault.module.startswith("transformer.h.1.attn")

@@ -19,6 +19,7 @@ from test_train import flags, history
 
 from emoft.checkpoint import MANIFEST, damage, find_checkpoint, save_checkpoint, sweep
 from emoft.config import TrainConfig
+from emoft.distributed import World
 from emoft.errors import UserError
 
 
@@ -122,9 +123,9 @@ class TestDamage:
                 path.write_bytes(harm)
             assert damage(newest)
             config = TrainConfig(output_dir=str(two_checkpoints), resume_from_checkpoint="latest")
-            assert find_checkpoint(config) == before
+            assert find_checkpoint(config, World()) == before
             with pytest.raises(UserError, match="checkpoint-2 is"):
-                find_checkpoint(TrainConfig(output_dir="x", resume_from_checkpoint=str(newest)))
+                find_checkpoint(TrainConfig(output_dir="x", resume_from_checkpoint=str(newest)), World())
         finally:
             path.write_bytes(content)
         assert damage(newest) == ""
@@ -135,7 +136,7 @@ class TestDamage:
         try:
             assert "step 1" in damage(third)
             config = TrainConfig(output_dir=str(two_checkpoints), resume_from_checkpoint="latest")
-            assert find_checkpoint(config) == second
+            assert find_checkpoint(config, World()) == second
         finally:
             third.rename(first)
 

@@ -6,22 +6,29 @@ import sys
 import pytest
 from conftest import ROOT
 
+from emoft.distributed import World
 from emoft.signals import StopSignals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_is_noted_and_the_handlers_come_back(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
-    with StopSignals() as signals:
-        assert (signals.received, signals.exit_code) == (None, 0)
+    with StopSignals(World()) as signals:
+        assert (signals.poll(), signals.exit_code) == (None, 0)
         os.kill(os.getpid(), number)
+        assert signals.poll() == number
         assert (signals.received, signals.exit_code) == (number, code)
     assert signal.getsignal(number) is before
 
 
 def test_the_second_ends_at_once() -> None:
-    code = "import os, signal; from emoft.signals import StopSignals\nwith StopSignals():\n" + (
-        "    os.kill(os.getpid(), signal.SIGTERM)\n" * 2
-    )
+    code = """
+import os, signal
+from emoft.distributed import World
+from emoft.signals import StopSignals
+with StopSignals(World()):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
     assert done.returncode == -signal.SIGTERM

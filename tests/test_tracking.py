@@ -2,12 +2,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config
 
 from emoft.batching import Batch, pack
 from emoft.config import TrainConfig
+from emoft.distributed import World
 from emoft.evaluate import Evaluation
 from emoft.tracking import RunState, Tracker, write_json
 
@@ -17,13 +19,18 @@ SHAPE = GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=10)
 
 
 def tracker_of(config: TrainConfig, total_steps: int, steps_per_epoch: int) -> Tracker:
-    return Tracker(config, RunState(), total_steps, steps_per_epoch, SHAPE, 5.0, 1e6, CPU)
+    return Tracker(config, RunState(), total_steps, steps_per_epoch, SHAPE, 5.0, 1e6, CPU, World())
 
 
 def batch_of(targets: int, examples: int) -> Batch:
     """A batch of so many targets: one example has all of them, the others are of a single token."""
     rows = [{"input_ids": [1] * (targets + 1)}] + [{"input_ids": [1]}] * (examples - 1)
     return pack(rows, pad_id=0)
+
+
+def count_step(tracker: Tracker, loss: torch.Tensor, norm: torch.Tensor, *batches: Batch, skipped=False) -> None:
+    lengths = np.array([length for batch in batches for length in batch.lengths])
+    tracker.count_step(loss, norm, lengths, list(batches), skipped)
 
 
 @pytest.fixture
@@ -33,12 +40,12 @@ def config(tmp_path: Path) -> TrainConfig:
 
 def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_entry(config: TrainConfig) -> None:
     with tracker_of(config, 5, 2) as tracker:
-        tracker.count_step(torch.tensor(1.0), NORM, [batch_of(10, 2)])
-        tracker.count_step(torch.tensor(4.0), NORM, [batch_of(30, 2)])
+        count_step(tracker, torch.tensor(1.0), NORM, batch_of(10, 2))
+        count_step(tracker, torch.tensor(4.0), NORM, batch_of(30, 2))
         tracker.log_step(torch.tensor(0.5), learning_rate=0.1)
-        tracker.count_step(torch.tensor(1.0), torch.tensor(math.inf), [batch_of(30, 2)], skipped=True)
-        tracker.count_step(torch.tensor(math.nan), NORM, [batch_of(30, 2)])
-        tracker.count_step(torch.tensor(2.0), NORM, [batch_of(5, 1)])
+        count_step(tracker, torch.tensor(1.0), torch.tensor(math.inf), batch_of(30, 2), skipped=True)
+        count_step(tracker, torch.tensor(math.nan), NORM, batch_of(30, 2))
+        count_step(tracker, torch.tensor(2.0), NORM, batch_of(5, 1))
         tracker.log_step(torch.tensor(0.5), learning_rate=0.1)
     first, second = tracker.run.log_history
     assert first["loss"] == (10 * 1 + 30 * 4) / 40
@@ -52,7 +59,7 @@ def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_entry(config: Tr
 def test_the_share_of_clipped_steps_is_since_the_last_entry(config: TrainConfig) -> None:
     with tracker_of(config, 6, 6) as tracker:
         for step, norm in enumerate([0.5, 2.0, 3.0, 0.9, 1.1, math.nan], start=1):
-            tracker.count_step(torch.tensor(1.0), torch.tensor(norm), [batch_of(3, 1)])
+            count_step(tracker, torch.tensor(1.0), torch.tensor(norm), batch_of(3, 1))
             if step % 3 == 0:
                 tracker.log_step(torch.tensor(norm))
     assert [entry["clipped_share"] for entry in tracker.run.log_history] == [2 / 3, 1 / 3]
@@ -60,7 +67,7 @@ def test_the_share_of_clipped_steps_is_since_the_last_entry(config: TrainConfig)
 
 def test_speed_is_of_what_the_mathematics_needs(config: TrainConfig) -> None:
     with tracker_of(config, 4, 2) as tracker:
-        tracker.count_step(torch.tensor(1.0), NORM, [batch_of(10, 2), batch_of(4, 1)])
+        count_step(tracker, torch.tensor(1.0), NORM, batch_of(10, 2), batch_of(4, 1))
         tracker.log_step(torch.tensor(0.5))
     results = tracker.results()
     # By hand: 2 blocks of 12 x 8 x 8 weights, a head of 8 x 10; 17 tokens, 14 targets; texts of 11, 1 and 5 tokens.
@@ -77,7 +84,7 @@ def test_the_clock_stops(config: TrainConfig) -> None:
     with tracker_of(config, 1, 1) as tracker:
         with tracker.clock_stopped():
             time.sleep(0.5)
-        tracker.count_step(torch.tensor(1.0), NORM, [batch_of(10, 2)])
+        count_step(tracker, torch.tensor(1.0), NORM, batch_of(10, 2))
         tracker.log_step(torch.tensor(1.0))
     assert tracker.run.train_seconds < 0.4
 
