@@ -46,7 +46,7 @@ class Batch:
         if mask is not None:
             rows = torch.arange(len(mask), device=mask.device)[:, None]
             return torch.where(mask.bool() & (rows < self.examples), rows, -1)
-        owners = torch.repeat_interleave(torch.arange(self.examples), torch.tensor(self.lengths))
+        owners = torch.repeat_interleave(torch.arange(self.examples), torch.tensor(self.lengths, dtype=torch.int64))
         filling = self.inputs["input_ids"].numel() - self.tokens
         return torch.nn.functional.pad(owners, (0, filling), value=-1)[None]
 

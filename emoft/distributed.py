@@ -6,6 +6,8 @@ Without torchrun there is one rank, and everything here returns at once what it 
 import contextlib
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, but not listed
+from torch.distributed.rendezvous import rendezvous
 
 from emoft.errors import UserError
 from emoft.heartbeat import Heartbeat
@@ -138,11 +142,16 @@ class World:
             yield
             return
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store = _meeting_place(next(rendezvous("env://"))[0], self.rank, self.size)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
         heartbeat = Heartbeat(is_speaker=self.local_rank == 0)
         try:
             yield
         except UserError:
+            if not self.is_main:
+                if heartbeat.has_lost_a_rank():
+                    sys.exit(2)  # all of them found the same, and rank 0 tells it
+                print(file=sys.__stderr__)  # end the line of rank 0's bar
             heartbeat.fail()
             raise
         except Exception:
@@ -153,3 +162,24 @@ class World:
             raise
         heartbeat.leave()
         dist.destroy_process_group()
+
+
+def _meeting_place(store: Store, rank: int, size: int) -> Store:
+    """Return a part of torchrun's store that holds nothing yet.
+
+    The store outlives a restart, and with it the addresses of dead ranks, which the new ones would try to reach. Rank 0
+    draws a name for the new part, and answers whoever asks for it by a name of their own that no dead rank had.
+    """
+    me = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asking/{rank}", me)
+        place = store.get(f"answer/{me}").decode()
+        store.set(f"{place}/here/{rank}", "")
+        return PrefixStore(place, store)
+    waiting = set(range(1, size))
+    while waiting:
+        for other in [other for other in waiting if store.check([f"asking/{other}"])]:
+            store.set(f"answer/{store.get(f'asking/{other}').decode()}", me)
+        waiting -= {other for other in waiting if store.check([f"{me}/here/{other}"])}
+        time.sleep(0.05)
+    return PrefixStore(me, store)

@@ -55,9 +55,8 @@ class Heartbeat:
         self._lost.set()
         if waited > SILENCE_SECONDS / 2 and self.is_speaker:
             text = f"no sign of life from another rank for {waited:.0f} seconds: is its host up, and the link to it?"
-            print(
-                f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.__stderr__, flush=True
-            )  # not the silenced one
+            # Below the bar, and not to the stream that is silenced.
+            print(f"\n{os.path.basename(sys.argv[0])}: error: {text}", file=sys.__stderr__, flush=True)
         time.sleep(GRACE_SECONDS)
         os._exit(1)
 

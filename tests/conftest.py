@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ class Result:
     code: int
     out: str
     err: str
+    codes: tuple[int, ...] = ()  # of all ranks, if there were several
 
     @property
     def error_lines(self) -> list[str]:
@@ -70,6 +72,20 @@ def run_fresh(script: str, *args: object, cwd: Path, stdin: str = "", timeout: f
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """What torchrun puts into the environment of each process on one host."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
 class WarmScripts:
     """Runs the real scripts in real processes that need not import the libraries again; see warm_start.py."""
 
@@ -83,8 +99,11 @@ class WarmScripts:
             env={**os.environ, **environment(folder)},
         )
 
-    def start(self, script: str, *args: object, cwd: Path, stdin: str = "", **env: str) -> int:
-        """Start a script; returns its process id. Wait for it with `finish` before starting another."""
+    def start(self, script: str, *args: object, cwd: Path, stdin: str = "", ranks: int = 0, **env: str) -> list[int]:
+        """Start a script, on several ranks as torchrun does, if told; returns the process ids.
+
+        Wait for it with `finish` before starting another.
+        """
         self.files = {name: self.folder / name for name in ("stdin", "stdout", "stderr")}
         for path in self.files.values():
             path.write_text(stdin if path.name == "stdin" else "", encoding="utf-8")
@@ -92,21 +111,22 @@ class WarmScripts:
             "argv": [str(ROOT / script), *map(str, args)],
             "cwd": str(cwd),
             "env": env,
+            "ranks": rank_environments(ranks) if ranks else [{}],
             **{name: str(path) for name, path in self.files.items()},
         }
         assert self.server.stdin and self.server.stdout
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        return json.loads(self.server.stdout.readline())
 
     def finish(self) -> Result:
         assert self.server.stdout
-        code = int(self.server.stdout.readline())
+        codes = json.loads(self.server.stdout.readline())
         out, err = (self.files[name].read_bytes().decode("utf-8", "replace") for name in ("stdout", "stderr"))
-        return Result(code, out, err)
+        return Result(codes[0], out, err, tuple(codes))
 
-    def __call__(self, script: str, *args: object, cwd: Path, stdin: str = "", **env: str) -> Result:
-        self.start(script, *args, cwd=cwd, stdin=stdin, **env)
+    def __call__(self, script: str, *args: object, cwd: Path, stdin: str = "", ranks: int = 0, **env: str) -> Result:
+        self.start(script, *args, cwd=cwd, stdin=stdin, ranks=ranks, **env)
         return self.finish()
 
     def close(self) -> None:
@@ -134,8 +154,8 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmScripts]:
 def run(scripts: WarmScripts, tmp_path: Path) -> Callable[..., Result]:
     """Run train.py or generate.py in `tmp_path` (another folder by `cwd`)."""
 
-    def run_in(script: str, *args: object, cwd: Path = tmp_path, stdin: str = "", **env: str) -> Result:
-        return scripts(script, *args, cwd=cwd, stdin=stdin, **env)
+    def run_in(script: str, *args: object, cwd: Path = tmp_path, stdin: str = "", ranks: int = 0, **env: str) -> Result:
+        return scripts(script, *args, cwd=cwd, stdin=stdin, ranks=ranks, **env)
 
     return run_in
 
@@ -169,4 +189,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = fresh_model("n_layer=2,n_embd=32,n_head=2,n_positions=128", tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def still_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The tiny model without dropout."""
+    from transformers import GPT2LMHeadModel, GPT2Tokenizer
+
+    folder = tmp_path_factory.mktemp("still")
+    model = GPT2LMHeadModel.from_pretrained(tiny_model, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    model.save_pretrained(folder)
+    GPT2Tokenizer.from_pretrained(tiny_model).save_pretrained(folder)
     return folder

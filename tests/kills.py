@@ -62,7 +62,8 @@ class Killer:
 
     def start(self, output_dir: str, **environment: str) -> int:
         script = str(self.folder / "planted.py")
-        return self.scripts.start(script, *self.words, f"--output_dir={output_dir}", cwd=self.folder, **environment)
+        words = [*self.words, f"--output_dir={output_dir}"]
+        return self.scripts.start(script, *words, cwd=self.folder, **environment)[0]
 
     def end(self, output_dir: str, result: Result) -> tuple[bytes, list[dict], str]:
         """What a finished run must agree in: weights, log and sample texts."""

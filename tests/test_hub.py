@@ -61,7 +61,7 @@ class Hub(WarmScripts):
         )
 
     def __call__(self, script: str, *args: object, cwd: Path, stdin: str = "", **env: str) -> Result:
-        process = self.start(script, *args, cwd=cwd, stdin=stdin, **env)
+        (process,) = self.start(script, *args, cwd=cwd, stdin=stdin, **env)
         timer = threading.Timer(60, os.kill, (process, signal.SIGKILL))  # not to wait for a network for ever
         timer.start()
         try:

@@ -223,7 +223,7 @@ class TestNoSpace:
     def test_a_signal_without_space(self, run, scripts, tmp_path, tiny_model, train_file) -> None:
         (tmp_path / "limited.py").write_text(LIMITED)
         words = flags(tiny_model, train_file, max_steps=100_000)
-        process = scripts.start(str(tmp_path / "limited.py"), *words, cwd=tmp_path, LIMIT="1 999999 20000")
+        (process,) = scripts.start(str(tmp_path / "limited.py"), *words, cwd=tmp_path, LIMIT="1 999999 20000")
         wait_for(tmp_path / "run/runs")
         time.sleep(1)
         os.kill(process, signal.SIGTERM)
@@ -250,7 +250,7 @@ def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, 
         per_device_eval_batch_size=1, max_eval_samples=1500,
     )  # fmt: skip
     for more in ([], ["--resume_from_checkpoint=latest"]):  # the resumed run is stopped in the same evaluation
-        process = scripts.start("train.py", *words, *more, cwd=tmp_path)
+        (process,) = scripts.start("train.py", *words, *more, cwd=tmp_path)
         deadline = time.monotonic() + 60
         while "Evaluating" not in scripts.files["stderr"].read_text(errors="replace"):
             assert time.monotonic() < deadline
@@ -271,7 +271,7 @@ def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, 
 
 def test_a_second_run_is_kept_out_but_not_by_a_dead_one(run, scripts, tmp_path, tiny_model, train_file) -> None:
     words = flags(tiny_model, train_file, max_steps=100_000, save_steps=5)
-    process = scripts.start("train.py", *words, cwd=tmp_path)
+    (process,) = scripts.start("train.py", *words, cwd=tmp_path)
     wait_for(tmp_path / "run/checkpoint-5")
     other = WarmScripts(tmp_path)
     refused = other("train.py", *words, "--resume_from_checkpoint=latest", cwd=tmp_path)

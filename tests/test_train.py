@@ -30,16 +30,6 @@ TOLERANCE = 1e-5  # relative
 SETTINGS = {"learning_rate": 1e-3, "warmup_steps": 5, "max_grad_norm": 1.0, "max_steps": STEPS, "logging_steps": 1}
 
 
-@pytest.fixture(scope="session")
-def still_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """The tiny model without dropout."""
-    folder = tmp_path_factory.mktemp("still")
-    model = GPT2LMHeadModel.from_pretrained(tiny_model, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    model.save_pretrained(folder)
-    GPT2Tokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
-
-
 def train_losses(output_dir: Path) -> list[float]:
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
@@ -339,7 +329,7 @@ class TestResume:
         self, scripts: WarmScripts, undisturbed, tiny_model, train_file, validation_file, tmp_path, number, code
     ) -> None:
         words = flags(tiny_model, train_file, validation_file=validation_file, **self.SETTINGS)
-        pid = scripts.start("train.py", *words, cwd=tmp_path)
+        (pid,) = scripts.start("train.py", *words, cwd=tmp_path)
         while not list(tmp_path.glob("run/runs/*")):  # the loop is about to begin
             time.sleep(0.01)
         os.kill(pid, number)

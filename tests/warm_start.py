@@ -1,8 +1,9 @@
 """Runs scripts in processes forked from one that has imported the heavy libraries already.
 
 Importing them takes six seconds, a bad flag a hundredth: forked, the tests that run the real scripts take minutes
-less. Requests are lines of JSON on standard input: argv, cwd, env, stdin, stdout, stderr; each is answered by a line
-with the process id at once, and one with the exit code (negative: the signal) when the process has ended.
+less. Requests are lines of JSON on standard input: argv, cwd, env, stdin, stdout, stderr, and the environment of each
+rank that runs the script; each is answered by a line with the process ids at once, and one with the exit codes
+(negative: the signal) when the processes have ended.
 """
 
 import gc
@@ -18,12 +19,13 @@ import torch.utils.tensorboard  # noqa: F401
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Tokenizer, HfArgumentParser  # noqa: F401
 
 
-def run(request: dict) -> None:
-    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
+def run(request: dict, rank: dict) -> None:
+    written = os.O_WRONLY | os.O_APPEND
+    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", written), (2, "stderr", written)):
         os.dup2(os.open(request[name], flags), number)
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115  # the old one holds what was read of other requests
     os.chdir(request["cwd"])
-    os.environ.update(request["env"])
+    os.environ.update({**request["env"], **rank})
     sys.argv = request["argv"]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -32,9 +34,11 @@ def run(request: dict) -> None:
 gc.freeze()  # what is imported stays shared: a collection in a child would copy all of it, page by page
 for line in sys.stdin:
     request = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        run(request)
-        sys.exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    children = []
+    for rank in request["ranks"]:
+        children.append(os.fork())
+        if children[-1] == 0:
+            run(request, rank)
+            sys.exit(0)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
