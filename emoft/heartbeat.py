@@ -1,6 +1,8 @@
 """A sign of life that all ranks of a run exchange every second, so that none waits for one that is gone."""
 
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 30.0  # without a sign of life, after which a host or its link counts as lost
+CONNECT_SECONDS = 5.0  # to find out whether this host is the one that is cut off
 GRACE_SECONDS = 3.0  # in which the rank that failed can say why, before torchrun hears of the others' end
 
 
@@ -38,25 +41,26 @@ class Heartbeat:
             began = time.monotonic()
             try:
                 dist.all_reduce(signs, group=self._group)
-            except Exception as error:  # gloo has one type for all that can happen to a connection
+            except Exception:  # gloo has one type for all that can happen to a connection
                 if not self._failed:
-                    self._end(str(error), time.monotonic() - began)
+                    self._end(time.monotonic() - began)
                 return
             leaving, failed = signs.tolist()
             if failed:
                 if not self._failed:
-                    self._end("", 0.0)
+                    self._end(waited=0.0)
                 return
             if leaving == size:
                 return
             time.sleep(BEAT_SECONDS)
 
-    def _end(self, error: str, waited: float) -> None:
+    def _end(self, waited: float) -> None:
         self._lost.set()
         if waited > SILENCE_SECONDS / 2 and self.is_speaker:
             text = f"no sign of life from another rank for {waited:.0f} seconds: is its host up, and the link to it?"
             # Below the bar, and not to the stream that is silenced.
             print(f"\n{os.path.basename(sys.argv[0])}: error: {text}", file=sys.__stderr__, flush=True)
+            _end_torchrun_if_cut_off()
         time.sleep(GRACE_SECONDS)
         os._exit(1)
 
@@ -73,3 +77,18 @@ class Heartbeat:
         """Wait until all ranks are done."""
         self._leaving = True
         self._thread.join()
+
+
+def _end_torchrun_if_cut_off() -> None:
+    """End the torchrun of this host if it cannot reach the one where all meet: it would wait for that for ever."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    try:
+        meeting_place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        socket.create_connection(meeting_place, timeout=CONNECT_SECONDS).close()
+    except OSError:
+        torchrun = os.getppid()
+        os.kill(torchrun, signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        if os.getppid() == torchrun:  # it sits in a wait that no signal reaches
+            os.kill(torchrun, signal.SIGKILL)

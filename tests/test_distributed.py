@@ -1,5 +1,6 @@
-"""Several ranks: the same as one, whatever happens to them. hosts.py adds several hosts and real torchrun."""
+"""Several ranks: the same as one, whatever happens to them. test_torchrun.py adds torchrun itself."""
 
+import functools
 import json
 import math
 import os
@@ -64,49 +65,53 @@ def words_of(model: Path, train_file: Path, output_dir: str, **settings: object)
     return flags(model, train_file, output_dir, **{**SETTINGS, **settings})
 
 
-@pytest.fixture(scope="module", params=["packed", "padded"])
-def single(request, scripts: WarmScripts, still_model, train_file, validation_file, tmp_path_factory) -> Path:
-    """A run of one process, 8 examples a step."""
-    folder = tmp_path_factory.mktemp("single") / request.param
-    words = words_of(
-        still_model, train_file, str(folder), validation_file=validation_file, per_device_train_batch_size=8,
-        batching=request.param, save_steps=3, save_total_limit=0,
-    )  # fmt: skip
-    result = scripts("train.py", *words, cwd=folder.parent)
-    assert result.code == 0, result.err
-    return folder
+@pytest.fixture(scope="module")
+def single(scripts: WarmScripts, still_model, train_file, validation_file, tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the folder of a run of one process, 8 examples a step, packed or padded."""
+
+    @functools.cache
+    def run_once(batching: str) -> Path:
+        folder = tmp_path_factory.mktemp("single") / batching
+        words = words_of(
+            still_model, train_file, str(folder), validation_file=validation_file, per_device_train_batch_size=8,
+            batching=batching, save_steps=3, save_total_limit=0,
+        )  # fmt: skip
+        result = scripts("train.py", *words, cwd=folder.parent)
+        assert result.code == 0, result.err
+        return folder
+
+    return run_once
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel", "batch_size", "accumulation"),
-    [(2, "ddp", 2, 2), (4, "ddp", 2, 1), (2, "fsdp", 4, 1), (4, "fsdp", 1, 2)],
+    ("batching", "ranks", "parallel", "batch_size", "accumulation"),
+    [
+        ("packed", 2, "ddp", 2, 2),
+        ("packed", 4, "ddp", 2, 1),
+        ("packed", 2, "fsdp", 4, 1),
+        ("packed", 4, "fsdp", 1, 2),
+        ("padded", 2, "ddp", 4, 1),
+        ("padded", 2, "fsdp", 2, 2),
+    ],
 )
 def test_several_ranks_follow_one(
-    run: Run,
-    single: Path,
-    still_model,
-    train_file,
-    validation_file,
-    tmp_path,
-    ranks,
-    parallel,
-    batch_size,
+    run: Run, single, still_model, train_file, validation_file, tmp_path, batching, ranks, parallel, batch_size,
     accumulation,
-) -> None:
+) -> None:  # fmt: skip
     words = words_of(
-        still_model, train_file, "run", validation_file=validation_file, batching=single.name, parallel=parallel,
+        still_model, train_file, "run", validation_file=validation_file, batching=batching, parallel=parallel,
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
     )  # fmt: skip
     result = run("train.py", *words, ranks=ranks)
     assert result.codes == (0,) * ranks, result.err
-    assert_same(tmp_path / "run", single)
+    assert_same(tmp_path / "run", single(batching))
     # Rank 0 alone speaks and writes; the others neither.
     assert result.out.count("saved the model in run") == 1
     assert f"on {ranks} processes" not in result.err
     assert len(list((tmp_path / "run" / "runs").iterdir())) == 1
     # What is measured of gradients is that of the whole batch. AdamW's first steps make much of the rounding of the
     # gradients that are nothing else, such as those of the biases of keys.
-    ours, theirs = read_scalars(tmp_path / "run"), read_scalars(single)
+    ours, theirs = read_scalars(tmp_path / "run"), read_scalars(single(batching))
     assert ours.keys() == theirs.keys()
     measured = [tag for tag in theirs if tag.split("/")[0] in ("gradient_norm", "weight_norm")
                 or tag.startswith("activation") and accumulation == 1]  # fmt: skip
@@ -116,20 +121,20 @@ def test_several_ranks_follow_one(
 
 
 def test_a_checkpoint_resumes_on_any_number_of_ranks(
-    run: Run, single: Path, still_model, train_file, validation_file, tmp_path
+    run: Run, single, still_model, train_file, validation_file, tmp_path
 ) -> None:
     """1 -> 2 -> 4 -> 1, with the weights spread in between; the flags are those of the single process throughout."""
-    last = single
+    last = single("packed")
     for ranks, parallel, step in ((2, "ddp", 3), (4, "fsdp", 6), (0, "ddp", 9)):
         folder = tmp_path / f"on-{ranks}-from-{step}"
         words = words_of(
             still_model, train_file, str(folder), validation_file=validation_file, per_device_train_batch_size=8,
-            batching=single.name, parallel=parallel, save_steps=3, save_total_limit=0,
+            parallel=parallel, save_steps=3, save_total_limit=0,
             resume_from_checkpoint=last / f"checkpoint-{step}",
         )  # fmt: skip
         result = run("train.py", *words, ranks=ranks)
         assert result.code == 0, result.err
-        assert_same(folder, single)
+        assert_same(folder, single("packed"))
         last = folder
 
 
