@@ -23,10 +23,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft import errors
 from emoft.batching import epoch_batches
-from emoft.config import Count, Length, Seed, TrainConfig, option, parse_config
+from emoft.config import Count, Length, Positive, Seed, TrainConfig, option, parse_config
 from emoft.distributed import World
 from emoft.machine import Machine, least_seconds, measure_bandwidth, measure_flops, synchronize
 from emoft.precision import Precision, choose_device
+from emoft.scaling import compare_processes, format_scaling, measure_exchange, rank_environments
 from emoft.template import TextFormat
 from emoft.tracking import write_json
 
@@ -43,7 +44,12 @@ TUTORIAL, TUNED, FLATTENED, EMOFT = (
     "emoft",
 )
 BARE, MEASURED = "emoft, without what measures gradients", "emoft, gradients measured at every step"
-CONTENDERS = {"trainer": (TUTORIAL, TUNED, FLATTENED, EMOFT), "gradients": (BARE, EMOFT, MEASURED)}
+ALONE, TOGETHER = "emoft, one process", "emoft, several processes"
+CONTENDERS = {
+    "trainer": (TUTORIAL, TUNED, FLATTENED, EMOFT),
+    "gradients": (BARE, EMOFT, MEASURED),
+    "processes": (ALONE, TOGETHER),
+}
 
 
 @dataclass
@@ -53,9 +59,12 @@ class BenchmarkConfig:
     model_name_or_path: str = option("", "a GPT-2 to train (empty: GPT-2 small with random weights)")
     train_file: str = option("", "texts to train on, as for train.py (empty: drawn token ids of real texts' lengths)")
     delimiter: str = option("", "as for train.py")
-    compare: Literal["trainer", "gradients"] = option(
-        "trainer", "emoft with Trainer and the machine's limit, or with itself: what --log_gradients_every costs"
+    compare: Literal["trainer", "gradients", "processes"] = option(
+        "trainer",
+        "emoft with Trainer and the machine's limit, or itself: what --log_gradients_every costs, or how it scales",
     )
+    processes: Count = option(2, "with --compare processes: how many of a thread or GPU each, as torchrun starts them")
+    link_gbit: Positive = option(10.0, "with it: gigabits a second of the link between hosts that the model assumes")
     batch_sizes: list[int] = field(default_factory=lambda: [4, 16], metadata={"help": "examples in a step"})
     turns: Count = option(5, "turns of each contender, after one to warm up")
     steps: Count = option(5, "training steps in a turn")
@@ -89,7 +98,7 @@ def draw_texts(config: BenchmarkConfig, count: int, vocabulary: int) -> list[lis
 class Turns:
     """A contender's side of the turns: called at the start of each step, it waits there while it is others' turn."""
 
-    def __init__(self, pipe: Connection, device: torch.device, steps: int, warmup_steps: int) -> None:
+    def __init__(self, pipe: Connection | None, device: torch.device, steps: int, warmup_steps: int) -> None:
         self.pipe, self.device, self.steps = pipe, device, steps
         self.left = warmup_steps
         self.waits = True  # for its first turn
@@ -97,6 +106,8 @@ class Turns:
 
     def __call__(self) -> None:
         """Count a step; at the end of a turn report its seconds and peak memory, and wait for the next turn."""
+        if self.pipe is None:  # not rank 0, which the others wait for
+            return
         if self.left == 0:
             synchronize(self.device)
             self.pipe.send({"seconds": time.perf_counter() - self.started, "peak": peak_memory(self.device)})
@@ -144,7 +155,9 @@ def load_texts_and_model(
     else:
         torch.manual_seed(config.seed)
         model, tokenizer = GPT2LMHeadModel(GPT2Config()), train_tokenizer(["any text"], 257)
-    examples = max(config.batch_sizes) * (config.warmup_steps + (config.turns + 1) * config.steps + 2)
+    steps = config.warmup_steps + (config.turns + 1) * config.steps + 2
+    ranks = config.processes if config.compare == "processes" else 1
+    examples = ranks * max(config.batch_sizes) * steps
     texts = draw_texts(config, examples, model.config.vocab_size)
     return model, tokenizer, TextFormat("{text}"), texts
 
@@ -161,16 +174,19 @@ class NoMonitor:
     begin_step = before_update = after_update = _nothing
 
 
-def run_emoft(pipe: Connection, config: BenchmarkConfig, train_config: TrainConfig, kind: str) -> None:
+def run_emoft(pipe: Connection | None, config: BenchmarkConfig, train_config: TrainConfig, kind: str) -> None:
     """Train by train.py's own function."""
     import train
 
+    world = World.of_environment()
+    if config.compare == "processes":
+        torch.set_num_threads(1)
     if kind == MEASURED:
         train_config = replace(train_config, log_gradients_every=1)
     elif kind == BARE:
         setattr(train, "GradientMonitor", NoMonitor)  # noqa: B010  # a module's name, which mypy takes for fixed
 
-    device = choose_device(config.use_cpu)
+    device = choose_device(config.use_cpu, world.local_rank)
     turns = Turns(pipe, device, config.steps, config.warmup_steps)
 
     def count_step(batch: dict[str, Any]) -> dict[str, Any]:  # called whenever a batch is fetched
@@ -182,7 +198,8 @@ def run_emoft(pipe: Connection, config: BenchmarkConfig, train_config: TrainConf
         rows = Dataset.from_dict({"input_ids": texts})
         return model, tokenizer, text_format, {"train": rows.with_transform(count_step)}
 
-    train.train(train_config, World(), load)
+    with world.only_main_speaks(), world.connected():
+        train.train(train_config, world, load)
 
 
 def run_trainer(pipe: Connection, config: BenchmarkConfig, train_config: TrainConfig, kind: str) -> None:
@@ -241,12 +258,20 @@ def run_trainer(pipe: Connection, config: BenchmarkConfig, train_config: TrainCo
     trainer.train()
 
 
-def run_contender(kind: str, pipe: Connection, config: BenchmarkConfig, train_config: TrainConfig, log: Path) -> None:
-    """Be a contender, in a process of its own; what it prints goes into a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def run_contender(
+    kind: str,
+    rank: dict[str, str],
+    pipe: Connection | None,
+    config: BenchmarkConfig,
+    train_config: TrainConfig,
+    log: Path,
+) -> None:
+    """Be a contender, or a rank of one, in a process of its own; what it prints goes into a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    if kind in (TUTORIAL, TUNED, FLATTENED):
+    os.environ.update(rank)
+    if pipe and kind in (TUTORIAL, TUNED, FLATTENED):
         run_trainer(pipe, config, train_config, kind)
     else:
         run_emoft(pipe, config, train_config, kind)
@@ -266,10 +291,13 @@ class Contender:
         )  # fmt: skip
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=run_contender, args=(kind, theirs, config, train_config, self.log), daemon=True
-        )
-        self.process.start()
+        ranks = rank_environments(config.processes) if kind == TOGETHER else [{}]
+        self.processes = [
+            context.Process(target=run_contender, args=(kind, rank, pipe, config, train_config, self.log), daemon=True)
+            for rank, pipe in zip(ranks, [theirs, *[None] * (len(ranks) - 1)], strict=True)
+        ]
+        for process in self.processes:
+            process.start()
         theirs.close()
         self.seconds: list[float] = []
         self.peak: int | None = None
@@ -290,8 +318,10 @@ class Contender:
 
     def stop(self) -> None:
         """End the process, at once: asked to stop, a training would finish its step first, which is not its turn."""
-        self.process.kill()
-        self.process.join()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
 
 
 # ---- The run and its report -----------------------------------------------------------------------------------------
@@ -343,14 +373,14 @@ def compare_with_trainer(
     """Return the table of one batch size: each contender beside Trainer and the machine's limit."""
     precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
     # The texts of the measured steps, in the order of all contenders.
-    model_config, texts = _shape_and_lengths(config)
+    model, texts = _model_and_lengths(config)
     batches = epoch_batches(len(texts), batch_size, config.seed, epoch=0)
     first = config.warmup_steps
     measured = [[texts[i] for i in batches[(first + n) % len(batches)]] for n in range(config.turns * config.steps)]
     tokens = sum(sum(lengths) for lengths in measured) / len(measured)
     best = Machine(max(m.flops for m in machines), max(m.bandwidth for m in machines))
     half = precision.dtype != torch.float32
-    limit = statistics.fmean(least_seconds(best, model_config, lengths, half) for lengths in measured)
+    limit = statistics.fmean(least_seconds(best, model.config, lengths, half) for lengths in measured)
     times = {kind: statistics.median(contender.seconds) for kind, contender in contenders.items()}
 
     def row(name: str, seconds: float, peak: int | None = None) -> Row:
@@ -382,13 +412,13 @@ def compare_with_itself(batch_size: int, contenders: dict[str, Contender]) -> di
     }
 
 
-def _shape_and_lengths(config: BenchmarkConfig) -> tuple[GPT2Config, list[int]]:
+def _model_and_lengths(config: BenchmarkConfig) -> tuple[GPT2LMHeadModel, list[int]]:
     train_config = TrainConfig(
         model_name_or_path=config.model_name_or_path, train_file=config.train_file, delimiter=config.delimiter,
         max_length=config.max_length,
     )  # fmt: skip
     model, _, _, texts = load_texts_and_model(config, train_config)
-    return model.config, [len(text) for text in texts]
+    return model, [len(text) for text in texts]
 
 
 def format_table(rows: list[Row]) -> str:
@@ -469,6 +499,7 @@ def main() -> int:
     machine = f"{describe_machine(device)}, {precision.name}, torch {torch.__version__}"
     rows: list[Row] = []
     costs: list[dict[str, float]] = []
+    scaling: list[dict[str, float]] = []
     machines: list[Machine] = []
     turns = len(config.batch_sizes) * (config.turns + 1) * len(CONTENDERS[config.compare])
     with tqdm(total=turns, unit="turn", dynamic_ncols=True) as bar:
@@ -477,8 +508,11 @@ def main() -> int:
             machines += measured
             if config.compare == "trainer":
                 rows += compare_with_trainer(config, batch_size, contenders, measured)
-            else:
+            elif config.compare == "gradients":
                 costs.append(compare_with_itself(batch_size, contenders))
+            else:
+                seconds = [contenders[kind].seconds for kind in (ALONE, TOGETHER)]
+                scaling.append(compare_processes(batch_size, config.processes, *seconds))
     best = Machine(max(m.flops for m in machines), max(m.bandwidth for m in machines))
     rates = f"{best.flops / 1e12:.2f} TFLOP/s and {best.bandwidth / 1e9:.0f} GB/s measured"
     output_dir = Path(config.output_dir)
@@ -491,8 +525,15 @@ def main() -> int:
             "config": asdict(config),
             "rows": [asdict(row) for row in rows],
             "costs": costs,
+            "scaling": scaling,
         },
     )
+    if scaling:
+        gradient_bytes = 4 * sum(parameter.numel() for parameter in _model_and_lengths(config)[0].parameters())
+        exchange = measure_exchange(config.processes)
+        print(f"{machine}\n\n{format_scaling(scaling, gradient_bytes, exchange, config.link_gbit * 1e9 / 8)}")
+        print(f"\nsaved in {output_dir}")
+        return 0
     if costs:
         print(f"{machine}\n\n{format_costs(costs)}\n\nsaved in {output_dir}")
         return 0
