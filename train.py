@@ -5,6 +5,7 @@ of emoft/. The loop itself is all here.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import shlex
@@ -40,12 +41,13 @@ from emoft.checkpoint import (
     save_checkpoint,
 )
 from emoft.config import CONFIG_FILE, TrainConfig, parse_config, save_config
+from emoft.contrast import WrongLabels, label_contrast
 from emoft.data import checksum, read_splits, tokenize, unigram_entropy
 from emoft.distributed import World
 from emoft.evaluate import evaluate
 from emoft.gradients import GradientMonitor
 from emoft.kernels import compiled, keep_freed_memory, use_fast_kernels
-from emoft.loss import summed_cross_entropy
+from emoft.loss import cross_entropy
 from emoft.machine import measure_flops
 from emoft.model import decode, load_model, load_model_and_tokenizer, save_model
 from emoft.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, Step, describe, trace
@@ -202,6 +204,7 @@ def train(
     )
 
     # ---- The loop ---------------------------------------------------------------------------------------------------
+    wrong_labels = WrongLabels(tokenizer, text_format, config.seed) if config.label_contrast else None
     done = run.step >= total_steps  # a resumed run may have only its end to write
     stopped_early = save_failed = False
     monitor = GradientMonitor(model, optimizer, config.log_gradients_every, world)
@@ -223,7 +226,9 @@ def train(
             steps = epoch_batches(len(train_data), step_size, config.seed, epoch)[steps_done:]
             shares = [world.share(examples, config.per_device_train_batch_size) for examples in steps]
             pad_id = tokenizer.eos_token_id
-            micro_batches = iter(build_loader(train_data, list(chain(*shares)), pad_id, device, config.batching))
+            rivals = functools.partial(wrong_labels.rivals, epoch=epoch) if wrong_labels else None
+            parts = list(chain(*shares))
+            micro_batches = iter(build_loader(train_data, parts, pad_id, device, config.batching, rivals))
 
             for examples, share in zip(steps, shares, strict=True):
                 # Fetch the micro-batches of this step, and count the labelled tokens of all ranks; the lengths of the
@@ -243,17 +248,20 @@ def train(
                 # that 4 x 1, 2 x 2 and 1 x 4 examples give the same gradient, whatever their lengths. The head works
                 # where there is a target only; the collation has shifted the labels by one. In the last backward pass
                 # the ranks average their gradients: the sum, which is wanted, is the mean times their number.
-                step_loss = torch.zeros((), device=device)
+                step_loss, step_contrast = torch.zeros(2, device=device)
                 for number, batch in enumerate(step_batches, start=1):
                     batch = batch.to(device)
                     with exchange_gradients(transformer, number == len(step_batches)), monitor.listening():
                         with precision.autocast():
                             hidden = transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
-                            loss = summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
-                        loss = loss / max(1, step_tokens)
+                            losses = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
+                        text_loss, contrast = label_contrast(losses, batch)
+                        text_loss, contrast = text_loss / max(1, step_tokens), contrast / len(examples)
+                        loss = text_loss + config.label_contrast * contrast
                         scaler.scale(loss * world.size).backward()
-                    step_loss += loss.detach()
-                step_loss = world.sum(step_loss)
+                    step_loss += text_loss.detach()
+                    step_contrast += contrast.detach()
+                step_loss, step_contrast = world.sum(torch.stack([step_loss, step_contrast]))
 
                 # Take the loss scale out of the gradients once, now that they are complete; measure and clip them.
                 scaler.unscale_(optimizer)
@@ -288,7 +296,8 @@ def train(
                 # point): a step that logs nothing reads none.
                 if should_log:
                     fp16 = {"loss_scale": scale, "skipped_steps": run.skipped_steps} if scaler.is_enabled() else {}
-                    tracker.log_step(grad_norm, learning_rate=learning_rate, **fp16)
+                    contrasts = {"label_contrast": step_contrast.item()} if wrong_labels else {}
+                    tracker.log_step(grad_norm, learning_rate=learning_rate, **contrasts, **fp16)
                 if figures:
                     tracker.log_gradients(figures)
                 if should_sample:

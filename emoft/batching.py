@@ -1,6 +1,6 @@
 """Batches: which examples stand together, and how they become tensors: packed end to end, or padded."""
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,11 +29,12 @@ class Batch:
     targets: Tensor  # (K,) int64: the token each of them has to predict; IGNORED where K was filled up
     lengths: tuple[int, ...]  # tokens of each example
     target_tokens: int  # of them, those that are predicted: all but the first of each example
+    rivals: int = 0  # examples at the end that are the others under wrong labels: see `emoft.contrast`
 
     @property
     def examples(self) -> int:
-        """How many there are."""
-        return len(self.lengths)
+        """How many there are, without rivals."""
+        return len(self.lengths) - self.rivals
 
     @property
     def tokens(self) -> int:
@@ -45,16 +46,17 @@ class Batch:
         mask = self.inputs.get("attention_mask")
         if mask is not None:
             rows = torch.arange(len(mask), device=mask.device)[:, None]
-            return torch.where(mask.bool() & (rows < self.examples), rows, -1)
-        owners = torch.repeat_interleave(torch.arange(self.examples), torch.tensor(self.lengths, dtype=torch.int64))
+            return torch.where(mask.bool() & (rows < len(self.lengths)), rows, -1)
+        owners = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths, dtype=torch.int64))
         filling = self.inputs["input_ids"].numel() - self.tokens
         return torch.nn.functional.pad(owners, (0, filling), value=-1)[None]
 
     def token_ids(self) -> list[list[int]]:
-        """Return the tokens of each example, without any filling."""
+        """Return the tokens of each example, without rivals and filling."""
         ids = self.inputs["input_ids"][self.owners() >= 0].tolist()
         ends = np.cumsum(self.lengths).tolist()
-        return [ids[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
+        texts = [ids[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
+        return texts[: self.examples]
 
     def aligned_share(self) -> float:
         """Return the share of targets that are the token right after the place that predicts them: 1 if all is well."""
@@ -179,14 +181,33 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def build_loader(
-    rows: Dataset, batches: list[list[int]], pad_id: int, device: torch.device, batching: str
+    rows: Dataset,
+    batches: list[list[int]],
+    pad_id: int,
+    device: torch.device,
+    batching: str,
+    rivals: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
 ) -> DataLoader[Batch]:
-    """Return a DataLoader over the given batches, "packed" or "padded"."""
-    collate = {"packed": pack, "padded": pad}[batching]
+    """Return a DataLoader over the given batches.
+
+    Args:
+        rows: a tokenized split.
+        batches: indices into it.
+        pad_id: of the token that fills up.
+        device: decides to which multiple.
+        batching: "packed" or "padded".
+        rivals: gives to each of some rows another one that follows them in the batch; see `emoft.contrast`.
+    """
+
+    def collate(rows: list[dict[str, Any]]) -> Batch:
+        lay_out = {"packed": pack, "padded": pad}[batching]
+        others = rivals(rows) if rivals else []
+        return replace(lay_out(rows + others, pad_id, MULTIPLE[device.type]), rivals=len(others))
+
     return DataLoader(
         rows,
         batch_sampler=batches,
-        collate_fn=functools.partial(collate, pad_id=pad_id, multiple=MULTIPLE[device.type]),
+        collate_fn=collate,
         pin_memory=device.type == "cuda",  # lets the copy to the GPU run beside the computation
         generator=torch.Generator(),  # its own, so that making a loader draws nothing from dropout's random numbers
     )

@@ -18,6 +18,10 @@ TAGS = {
     "grad_norm": ("train/grad_norm", "L2 norm of the whole gradient, unscaled, before clipping."),
     "max_grad_norm": ("train/max_grad_norm", "The norm that gradients are clipped to. A constant, to compare with."),
     "clipped_share": ("train/clipped_share", "Share of the steps since the last entry whose gradient was clipped."),
+    "label_contrast": (
+        "train/label_contrast",
+        "Nats with which a text's label is told from a wrong one (--label_contrast); guessing costs 0.69.",
+    ),
     "learning_rate": ("train/learning_rate", "AdamW's learning rate in this step."),
     "loss_scale": ("train/loss_scale", "fp16 only: what the loss is multiplied by before backward."),
     "skipped_steps": ("train/skipped_steps", "fp16 only: steps so far that changed nothing because of an overflow."),

@@ -10,7 +10,7 @@ from transformers import GPT2LMHeadModel
 
 from emoft.batching import Batch
 from emoft.distributed import World
-from emoft.loss import summed_cross_entropy
+from emoft.loss import cross_entropy
 from emoft.precision import Precision
 from emoft.signals import StopSignals
 
@@ -64,7 +64,7 @@ def evaluate(
         batch = batch.to(precision.device)
         with precision.autocast():
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-            total[0] += summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
+            total[0] += cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets).sum()
     model.train(was_training)
     if signals and signals.received:
         return None

@@ -97,7 +97,7 @@ class GradientMonitor:
         self._loss_scale = loss_scale
         self._read_later: dict[str, Tensor] = {}  # numbers that are still on the device
         self._sums: dict[str, Tensor] = {}  # likewise, of this rank: a sum, and over how many tokens or values it runs
-        seen = self.world.gather({i for batch in batches for ids in batch.token_ids() for i in ids})
+        seen = self.world.gather({i for batch in batches for i in batch.inputs["input_ids"].flatten().tolist()})
         self._touched = torch.tensor(sorted(set().union(*seen)), device=device)
         self._is_token = (batches[0].owners() >= 0).to(device)
         for number, name in enumerate(self.blocks):

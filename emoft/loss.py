@@ -28,17 +28,17 @@ def shift_labels(labels: Tensor) -> Tensor:
     return targets
 
 
-def summed_cross_entropy(hidden: Tensor, head: Tensor, predicting: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy summed over all targets, in nats, computed in float32 at least.
+def cross_entropy(hidden: Tensor, head: Tensor, predicting: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each target, (K,), in nats, computed in float32 at least.
 
-    A sum, so that the caller can divide once by the targets of a whole step: a mean of the means of micro-batches
+    No mean, so that the caller can divide once by the targets of a whole step: a mean of the means of micro-batches
     would give the tokens of short texts more weight. Logits exist only where there is a target.
 
     Args:
         hidden: (B, T, C), the last hidden states.
         head: (V, C), the weight of the language model's head.
         predicting: (K,) places in the flattened hidden states that predict a token.
-        targets: (K,) the token of each, of `shift_labels`; `IGNORED` ones count nothing.
+        targets: (K,) the token of each, of `shift_labels`; 0 is returned for `IGNORED` ones.
     """
     return _LinearCrossEntropy.apply(hidden.flatten(0, 1).index_select(0, predicting), head, targets)
 
@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         is_target = targets != IGNORED
         chosen = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
         ctx.save_for_backward(hidden, head, logits, normalizer, targets)
-        return ((normalizer - chosen) * is_target).sum()
+        return (normalizer - chosen) * is_target
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             softmax.scatter_add_(
                 1, targets[block, None].clamp(min=0), softmax.new_full((1, 1), -1.0).expand(len(softmax), 1)
             )
-            logits[block] = softmax.mul_(gradient * is_target[block, None])
+            logits[block] = softmax.mul_((gradient * is_target)[block, None])
         hidden_dtype, head_dtype = ctx.dtypes
         head_gradient = torch.empty_like(head, dtype=head_dtype)
         for part, columns in zip(head_gradient.split(WEIGHT_ROWS), logits.split(WEIGHT_ROWS, dim=1), strict=True):

@@ -13,8 +13,9 @@ from torch.optim import AdamW
 from transformers import GPT2LMHeadModel
 
 from emoft.batching import Batch
+from emoft.contrast import label_contrast
 from emoft.distributed import World
-from emoft.loss import summed_cross_entropy
+from emoft.loss import cross_entropy
 from emoft.parallel import whole
 from emoft.precision import Precision
 from emoft.randomness import random_state, set_random_state
@@ -122,8 +123,8 @@ def trace(step: Step, model: GPT2LMHeadModel, precision: Precision, world: World
             with _Listener(model) as listener:
                 with precision.autocast():
                     hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-                    loss = summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
-                loss = loss / max(1, step.targets)
+                    losses = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
+                loss = label_contrast(losses, batch)[0] / max(1, step.targets)
                 fault.loss += loss.item()
                 if _is_bad(loss):
                     listener.note("forward", "lm_head", loss)
@@ -133,7 +134,8 @@ def trace(step: Step, model: GPT2LMHeadModel, precision: Precision, world: World
                 fault.values_not_finite, fault.values = int(bad.sum()), bad.numel()
                 owners = cpu_batch.owners()
                 places = owners[bad.flatten(2).any(2).cpu()] if bad.shape[:2] == owners.shape else owners
-                fault.examples_at_fault = [examples_before + int(i) for i in places[places >= 0].unique()]
+                at_fault = (places[places >= 0] % max(1, batch.examples)).unique()  # a rival is its text
+                fault.examples_at_fault = [examples_before + int(place) for place in at_fault]
             examples_before += batch.examples
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     fault.gradients_not_finite = [name for name, gradient in gradients if _is_bad(whole(gradient))]

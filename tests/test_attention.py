@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from emoft.attention import choose_kernel, use_packed_attention
 from emoft.batching import Batch, pack, pad
 from emoft.kernels import use_fast_kernels
-from emoft.loss import summed_cross_entropy
+from emoft.loss import cross_entropy
 
 VOCABULARY = 97
 LONGEST = 24
@@ -36,7 +36,7 @@ def texts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
 
 def summed_loss(model: GPT2LMHeadModel, batch: Batch) -> Tensor:
     hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-    return summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
+    return cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets).sum()
 
 
 def loss_and_gradients(model: GPT2LMHeadModel, batches: list[Batch], **autocast: object) -> tuple[Tensor, list[Tensor]]:
@@ -119,7 +119,7 @@ class TestNeighbours:
             hidden = model.transformer(inputs_embeds=embeddings, **batch.inputs, use_cache=False).last_hidden_state
             mine = (batch.predicting >= start) & (batch.predicting < end)
             targets = torch.where(mine, batch.targets, -100)
-            summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, targets).backward()
+            cross_entropy(hidden, model.lm_head.weight, batch.predicting, targets).sum().backward()
             reached = embeddings.grad[0].abs().sum(dim=1)
             others = torch.cat([reached[:start], reached[end:]])
             assert (others == 0).all()

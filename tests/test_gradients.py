@@ -18,7 +18,7 @@ from emoft.batching import Batch, pack, pad
 from emoft.config import TrainConfig
 from emoft.distributed import World
 from emoft.gradients import BINS, KINDS, NO_UPDATE, Figures, GradientMonitor, group_parameters, histogram
-from emoft.loss import summed_cross_entropy
+from emoft.loss import cross_entropy
 from emoft.optim import build_optimizer, clip_gradients
 
 TEXTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 1, 1, 2, 3, 4, 5, 6], [3], [2, 11, 12], [5, 4, 3, 2, 1, 0]]
@@ -47,7 +47,7 @@ def measured_step(batches: list[Batch], scale: float) -> tuple[Figures, GPT2LMHe
         monitor.begin_step(step, batches, scaler.get_scale())
         for batch in batches:
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-            loss = summed_cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets) / tokens
+            loss = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets).sum() / tokens
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         clip_gradients(optimizer, SETTINGS.max_grad_norm)
