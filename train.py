@@ -17,12 +17,11 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft import errors
 from emoft.attention import use_packed_attention
-from emoft.batching import Batch, build_loader, epoch_batches, length_sorted_batches
+from emoft.batching import build_loader, epoch_batches, length_sorted_batches
 from emoft.checkpoint import (
     SaveError,
     capture_state,
@@ -39,12 +38,12 @@ from emoft.checkpoint import (
 )
 from emoft.config import TrainConfig, parse_config, save_config
 from emoft.data import checksum, read_splits, tokenize, unigram_entropy
-from emoft.evaluate import evaluate
+from emoft.evaluate import Evaluation, evaluate, format_figures
 from emoft.gradients import GradientMonitor
 from emoft.kernels import compiled, keep_freed_memory, use_fast_kernels
 from emoft.loss import summed_cross_entropy
 from emoft.machine import measure_flops
-from emoft.model import decode, load_model, load_model_and_tokenizer, save_model
+from emoft.model import byte_lengths, decode, load_model, load_model_and_tokenizer, save_model
 from emoft.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, Step, describe, trace
 from emoft.optim import build_optimizer, build_schedule, clip_gradients
 from emoft.precision import Precision, choose_device
@@ -119,9 +118,12 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
         check_data(saved, data_checksum, checkpoint, config)
         run = restore_state(saved, optimizer, schedule, precision)
 
-    def loader_of(split: str) -> DataLoader[Batch]:
+    token_bytes = byte_lengths(tokenizer, model.config.vocab_size)
+
+    def evaluation_of(split: str, signals: StopSignals | None = None) -> Evaluation | None:
         batches = length_sorted_batches(tokenized[split], config.per_device_eval_batch_size)
-        return build_loader(tokenized[split], batches, tokenizer.eos_token_id, device, config.batching)
+        loader = build_loader(tokenized[split], batches, tokenizer.eos_token_id, device, config.batching)
+        return evaluate(model, loader, precision, token_bytes, signals)
 
     def save() -> Path | None:
         """Save a checkpoint. Where that fails, for want of space for example, the run goes on with those it has."""
@@ -140,7 +142,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
         """Evaluate and return whether the model is the best so far; after a signal, leave it to the resumed run."""
         run.evaluation_due = True
         with tracker.clock_stopped():
-            evaluation = evaluate(model, loader_of("validation"), precision, signals)
+            evaluation = evaluation_of("validation", signals)
             if evaluation is None:
                 return False
             run.evaluation_due = False
@@ -193,6 +195,10 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                 folder = save()
             stopped_early = 0 < config.early_stopping_patience <= run.evaluations_since_best
             done = done or stopped_early or run.evaluation_due
+        elif run.step == 0 and can_evaluate:
+            # What fine-tuning brings is the difference to this.
+            validate()
+            done = run.evaluation_due
         while not done:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
             epoch, steps_done = divmod(run.step, steps_per_epoch)
@@ -275,6 +281,9 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
 
         tracker.close_bar()
         if run.evaluation_due or (run.step < total_steps and not stopped_early):
+            if run.step == 0:
+                print(f"stopped by {signals.name} before the first step, with nothing to save yet: start again")
+                return signals.exit_code
             if save_failed:
                 raise errors.UserError(f"stopped by {signals.name} after step {run.step}, which could not be saved")
             print(f"stopped by {signals.name} after step {run.step} and saved {folder}; to go on, run:")
@@ -295,9 +304,9 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
                 print(f"took the model of step {run.best_step}, the best")
         results = tracker.results()
         if "test" in tokenized:
-            test = evaluate(model, loader_of("test"), precision)
+            test = evaluation_of("test")
             assert test
-            results |= {"test_loss": test.loss, "test_perplexity": test.perplexity}
+            results |= {f"test_{name}": value for name, value in test.figures().items()}
 
         def write_all(folder: Path) -> None:
             write_model(folder)
@@ -307,7 +316,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
         samples = sample_texts(model, tokenizer, text_format, config.seed)
         tracker.log_samples(samples)
         tracker.log_results(results)
-    print("\n".join(f"{name:26} {value:,.4f}" for name, value in results.items()))
+    print(format_figures(results))
     print("\n".join(samples.values()))
     print(f"saved the model in {output_dir}; generate with: python generate.py --model_name_or_path {output_dir}")
     return 0

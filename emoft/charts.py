@@ -29,6 +29,12 @@ TAGS = {
     "memory_gib": ("speed/memory_gib", "Memory in GiB: of the process, or the most allocated on the GPU."),
     "eval_loss": ("eval/loss", "Mean cross-entropy of the validation split's target tokens, in nats."),
     "eval_perplexity": ("eval/perplexity", "exp(eval/loss)."),
+    "eval_bits_per_byte": (
+        "eval/bits_per_byte",
+        "Cross-entropy of the validation split's targets, in bits, by the bytes they stand for: comparable between"
+        " tokenizers.",
+    ),
+    "eval_loss_without_overlap": ("eval/loss_without_overlap", "eval/loss of the texts that train does not hold too."),
 }
 GROUPS = {
     "gradient_norm": "L2 norm of the step's whole gradient, unscaled, before clipping. h00 is the first block.",

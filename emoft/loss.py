@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # the label of what is no target
 FLOAT_BYTES = 8 << 20  # of logits in float32 at a time: what stays in a processor's cache
+LOGIT_BYTES = 64 << 20  # of logits in float32 at a time in inference: enough rows for a fast matrix product
 WEIGHT_ROWS = 8192  # of the head's gradient at a time, likewise
 
 
@@ -41,6 +43,32 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, predicting: Tensor, targe
         targets: (K,) the token of each, of `shift_labels`; `IGNORED` ones count nothing.
     """
     return _LinearCrossEntropy.apply(hidden.flatten(0, 1).index_select(0, predicting), head, targets)
+
+
+def target_cross_entropies(hidden: Tensor, head: Tensor, predicting: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of each target, in nats, computed in float32 at least; for inference.
+
+    Logits exist for a few rows at a time only.
+
+    Args:
+        hidden: (B, T, C), the last hidden states.
+        head: (V, C), the weight of the language model's head.
+        predicting: (K,) places in the flattened hidden states that predict a token.
+        targets: (K,) the token of each, of `shift_labels`; `IGNORED` ones have 0.
+
+    Returns:
+        (K,) of at least float32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+    hidden, head = hidden.flatten(0, 1).index_select(0, predicting).to(dtype), head.to(dtype)
+    rows = max(1, LOGIT_BYTES // (4 * len(head)))
+    losses = []
+    with torch.autocast(device, enabled=False):
+        for block, labels in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = _widen(block @ head.t())  # (rows, V)
+            losses.append(F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none"))
+    return torch.cat(losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

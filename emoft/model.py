@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -165,6 +166,23 @@ def token_bytes(tokenizer: GPT2Tokenizer, ids: Iterable[int]) -> bytes:
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens([i for i in ids if i not in special])
     return bytes(BYTE_OF_CHARACTER[character] for token in tokens for character in token or "")
+
+
+def byte_lengths(tokenizer: GPT2Tokenizer, rows: int) -> Tensor:
+    """Return how many bytes each token stands for, none for special ones.
+
+    Args:
+        tokenizer: a byte-level BPE, of which each character of a token stands for a byte.
+        rows: of the model's vocabulary, some of which may be spare.
+
+    Returns:
+        (rows,) int64.
+    """
+    lengths = torch.zeros(rows, dtype=torch.int64)
+    special = set(tokenizer.all_special_ids)
+    for token, number in tokenizer.get_vocab().items():
+        lengths[number] = 0 if number in special else len(token)
+    return lengths
 
 
 def decode(tokenizer: GPT2Tokenizer, ids: Iterable[int]) -> str:
