@@ -157,7 +157,10 @@ class GenerateConfig:
     )
     num_return_sequences: Count = option(1, "results for each prompt")
     seed: Seed = option(42, "of the random draws")
-    batch_size: Count = option(8, "prompts generated at once")
+    batch_size: Count = option(32, "texts generated at once, which bounds the memory")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto", "as for train.py; no gives a prompt the same text whatever stands beside it"
+    )
     json: bool = option(False, "print a line of JSON for each result")
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 
