@@ -17,7 +17,14 @@ from emoft.errors import UserError
 from emoft.kernels import use_fast_kernels
 from emoft.model import load_model, load_tokenizer
 from emoft.precision import Precision, choose_device
-from emoft.sampling import Generated, TerminalStreamer, check_prompts, generate_all, generate_batch
+from emoft.sampling import (
+    Generated,
+    TerminalStreamer,
+    check_prompts,
+    choose_generation_precision,
+    generate_all,
+    generate_batch,
+)
 from emoft.template import TextFormat
 
 TUTORIAL_PROMPT = "Emotion: i didnt feel well"
@@ -94,7 +101,8 @@ def main() -> int:
     prompts = read_prompts(config)
     tokenizer = load_tokenizer(name)
     model = load_model(name)
-    precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
+    texts = 1 if config.interactive else min(config.batch_size, len(prompts) * config.num_return_sequences)
+    precision = choose_generation_precision(config.mixed_precision, choose_device(config.use_cpu), texts)
     model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
     use_fast_kernels(model)
     model.eval()

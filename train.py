@@ -36,6 +36,7 @@ from emoft.checkpoint import (
     restore_state,
     save_checkpoint,
 )
+from emoft.classify import classify
 from emoft.config import TrainConfig, parse_config, save_config
 from emoft.data import checksum, read_splits, tokenize, unigram_entropy
 from emoft.evaluate import Evaluation, evaluate, format_figures
@@ -67,7 +68,7 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
         model,
         tokenizer,
         text_format,
-        {name: tokenize(s, tokenizer, text_format, name) for name, s in splits.items()},
+        {name: tokenize(s, tokenizer, text_format, name, name != "train") for name, s in splits.items()},
     )
 
 
@@ -121,8 +122,9 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
     token_bytes = byte_lengths(tokenizer, model.config.vocab_size)
 
     def evaluation_of(split: str, signals: StopSignals | None = None) -> Evaluation | None:
-        batches = length_sorted_batches(tokenized[split], config.per_device_eval_batch_size)
-        loader = build_loader(tokenized[split], batches, tokenizer.eos_token_id, device, config.batching)
+        rows = tokenized[split].select_columns("input_ids")
+        batches = length_sorted_batches(rows, config.per_device_eval_batch_size)
+        loader = build_loader(rows, batches, tokenizer.eos_token_id, device, config.batching)
         return evaluate(model, loader, precision, token_bytes, signals)
 
     def save() -> Path | None:
@@ -307,6 +309,11 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
             test = evaluation_of("test")
             assert test
             results |= {f"test_{name}": value for name, value in test.figures().items()}
+        if text_format.has_label and can_evaluate:
+            rows, batch_size = tokenized["validation"], config.per_device_eval_batch_size
+            if found := classify(model, tokenizer, text_format, rows, precision, batch_size, signals=signals):
+                results |= found.figures()
+                tracker.log_classification(found)
 
         def write_all(folder: Path) -> None:
             write_model(folder)

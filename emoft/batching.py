@@ -26,7 +26,7 @@ class Batch:
     predicting: Tensor  # (K,) int64: places in the flattened input_ids that predict a token
     targets: Tensor  # (K,) int64: the token each of them has to predict; IGNORED where K was filled up
     lengths: tuple[int, ...]  # tokens of each example
-    target_tokens: int  # of them, those that are predicted: all but the first of each example
+    target_tokens: int  # of them, those that are predicted: all but the first of each example, if it names no other
 
     @property
     def examples(self) -> int:
@@ -95,7 +95,7 @@ def _chunks(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Batch:
+def pack(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
     """Lay examples end to end in one row, with positions that restart at each; nothing is computed for padding.
 
     Only the end is filled up to a multiple, by one more example that predicts nothing.
@@ -118,7 +118,8 @@ def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Ba
     offsets = np.concatenate([np.arange(length) for length in lengths])  # from the start of the example
     longest = _round_up(max(lengths), multiple)
     is_filling = np.arange(len(ids)) >= tokens
-    labels = np.where((offsets == 0) | is_filling, IGNORED, ids)
+    first_targets = np.repeat([*_first_targets(rows), *[0] * (filling > 0)], lengths)
+    labels = np.where((offsets < first_targets) | is_filling, IGNORED, ids)
     positions = np.where(is_filling, 0, offsets)  # a small model may have fewer positions than the filling
     inputs = {
         "input_ids": torch.from_numpy(ids)[None],
@@ -130,7 +131,7 @@ def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Ba
     return _batch(inputs, torch.from_numpy(labels)[None], examples, multiple)
 
 
-def pad(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Batch:
+def pad(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
     """Put each example in a row of its own, padded on the right to the longest.
 
     GPT-2 numbers positions from the left whatever the mask says, so that padding on the left would shift them.
@@ -142,10 +143,18 @@ def pad(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Bat
     mask = np.arange(max(lengths)) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = np.concatenate([row["input_ids"] for row in rows])
-    labels = np.where(mask, ids, IGNORED)
-    labels[:, 0] = IGNORED  # nothing stands before the first token that could predict it
+    is_target = mask & (np.arange(max(lengths)) >= np.array(_first_targets(rows))[:, None])
+    labels = np.where(is_target, ids, IGNORED)
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
     return _batch(inputs, torch.from_numpy(labels), tuple(lengths.tolist()), multiple)
+
+
+def _first_targets(rows: list[dict[str, Any]]) -> list[int]:
+    """Return the place of the first target of each example: 1 unless it names another, as `emoft.classify` does.
+
+    Nothing stands before the first token that could predict it.
+    """
+    return [max(1, row.get("first_target", 1)) for row in rows]
 
 
 def _batch(inputs: dict[str, Any], labels: Tensor, lengths: tuple[int, ...], multiple: int) -> Batch:

@@ -159,7 +159,7 @@ class GenerateConfig:
     seed: Seed = option(42, "of the random draws")
     batch_size: Count = option(32, "texts generated at once, which bounds the memory")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "auto", "as for train.py; no gives a prompt the same text whatever stands beside it"
+        "auto", "as for train.py, but no for few texts on a CPU; no gives a prompt the same text beside any other"
     )
     json: bool = option(False, "print a line of JSON for each result")
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")

@@ -115,7 +115,7 @@ def score_examples(
     model: GPT2LMHeadModel,
     loader: DataLoader[Batch],
     precision: Precision,
-    byte_lengths: Tensor,
+    byte_lengths: Tensor | None = None,
     signals: StopSignals | None = None,
     description: str = "Evaluating",
 ) -> Scores | None:
@@ -127,7 +127,7 @@ def score_examples(
         model: in either mode; dropout is off meanwhile.
         loader: of `build_loader`, over all examples of its data set.
         precision: of the run.
-        byte_lengths: (V,) int64, the bytes that each token stands for; of `model.byte_lengths`.
+        byte_lengths: (V,) int64, the bytes that each token stands for, of `model.byte_lengths`; none to count none.
         signals: if one was received, this ends at the next batch.
         description: of the progress bar.
 
@@ -137,6 +137,8 @@ def score_examples(
     was_training = model.training
     model.eval()
     device = precision.device
+    if byte_lengths is None:
+        byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     byte_lengths = byte_lengths.to(device)
     parts = []
     for batch in tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True):

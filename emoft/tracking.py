@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import GPT2Config
 
 from emoft.batching import Batch
-from emoft.charts import GROUPS, GUIDE, GUIDE_LEVEL, LAYOUT, TAGS, heat_map
+from emoft.charts import GROUPS, GUIDE, GUIDE_LEVEL, LAYOUT, TAGS, confusion_map, heat_map
+from emoft.classify import Classification
 from emoft.config import TrainConfig
 from emoft.evaluate import Evaluation, perplexity
 from emoft.gradients import Figures
@@ -39,7 +40,11 @@ SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak", "memory_gib
 # What a log entry tells of the steps since the entry before.
 SUMS = ("train_seconds", "samples", "tokens", "operations", "loss_sum", "loss_tokens", "clipped_steps")
 DESCRIPTIONS = dict(TAGS.values())
-FINAL = ("train_loss", "eval_loss", "perplexity", "bits_per_byte", "train_samples_per_second")  # of the HParams table
+# Of the HParams table.
+FINAL = (
+    "train_loss", "eval_loss", "perplexity", "bits_per_byte", "emotion_accuracy", "macro_f1",
+    "train_samples_per_second",
+)  # fmt: skip
 EVALUATED = ("eval_loss", "perplexity", "bits_per_byte")  # figures of an evaluation, by their names in the results
 COLUMNS = 512  # measured steps that the heat map keeps
 
@@ -262,6 +267,14 @@ class Tracker:
             f" {evaluation.bits_per_byte:.3f} bits per byte" + (" (best so far)" if is_best else "")
         )
         return is_best
+
+    def log_classification(self, classification: Classification) -> None:
+        """Show how well emotions are told apart, and the confusion matrix, for the model as it is now."""
+        self._add_scalars({TAGS[n][0]: value for n, value in classification.figures().items() if n in TAGS})
+        picture = confusion_map(classification.labels, classification.confusion)
+        step = self.run.step
+        self._write(lambda writer: writer.add_image("confusion", picture, step, dataformats="HWC"))
+        self._add_text("confusion", classification.table(), step)
 
     def log_gradients(self, figures: Figures) -> None:
         """Show the measurements of a step, and the heat map of all measured steps."""
