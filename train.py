@@ -39,6 +39,7 @@ from emoft.checkpoint import (
 from emoft.classify import classify
 from emoft.config import TrainConfig, parse_config, save_config
 from emoft.data import checksum, read_splits, tokenize, unigram_entropy
+from emoft.duplicates import mark_duplicates, overlap
 from emoft.evaluate import Evaluation, evaluate, format_figures
 from emoft.gradients import GradientMonitor
 from emoft.kernels import compiled, keep_freed_memory, use_fast_kernels
@@ -60,6 +61,7 @@ Loaded = tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, dict[str, Dataset]]
 def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
     """Return the model, its tokenizer, the format of its texts, and the tokenized splits."""
     splits, text_format = read_splits(config)
+    splits = mark_duplicates(splits, config.drop_duplicates)
     texts = (text_format.fill(**row) for row in splits["train"])
     if checkpoint:
         config = dataclasses.replace(config, model_name_or_path=str(checkpoint), config_overrides="", tokenizer_name="")
@@ -125,7 +127,7 @@ def train(config: TrainConfig, load: Callable[[TrainConfig, Path | None], Loaded
         rows = tokenized[split].select_columns("input_ids")
         batches = length_sorted_batches(rows, config.per_device_eval_batch_size)
         loader = build_loader(rows, batches, tokenizer.eos_token_id, device, config.batching)
-        return evaluate(model, loader, precision, token_bytes, signals)
+        return evaluate(model, loader, precision, token_bytes, signals, overlap(tokenized[split]))
 
     def save() -> Path | None:
         """Save a checkpoint. Where that fails, for want of space for example, the run goes on with those it has."""

@@ -76,6 +76,9 @@ class TrainConfig:
     template: str = option("Emotion: {text}", "the text of an example; may hold {label} before {text}")
     append_eos: bool = option(True, "end each text with the end-of-text token, which teaches the model to stop")
     max_length: Length = option(64, "longest text in tokens, end-of-text included; the rest is cut")
+    drop_duplicates: bool = option(
+        False, "leave out of train what it holds twice, exactly or nearly, and what the evaluation splits hold too"
+    )
     max_train_samples: CountOrOff = option(0, "train on the first so many examples (0: all)")
     max_eval_samples: CountOrOff = option(0, "evaluate on the first so many examples (0: all)")
 
