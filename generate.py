@@ -14,9 +14,17 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 from emoft import errors
 from emoft.config import GenerateConfig, parse_config
 from emoft.errors import UserError
+from emoft.kernels import use_fast_kernels
 from emoft.model import load_model, load_tokenizer
-from emoft.precision import choose_device
-from emoft.sampling import Generated, TerminalStreamer, check_prompts, generate_batch
+from emoft.precision import Precision, choose_device
+from emoft.sampling import (
+    Generated,
+    TerminalStreamer,
+    check_prompts,
+    choose_generation_precision,
+    generate_all,
+    generate_batch,
+)
 from emoft.template import TextFormat
 
 TUTORIAL_PROMPT = "Emotion: i didnt feel well"
@@ -92,8 +100,12 @@ def main() -> int:
         )
     prompts = read_prompts(config)
     tokenizer = load_tokenizer(name)
-    model = load_model(name).eval()
-    model.to(choose_device(config.use_cpu))
+    model = load_model(name)
+    texts = 1 if config.interactive else min(config.batch_size, len(prompts) * config.num_return_sequences)
+    precision = choose_generation_precision(config.mixed_precision, choose_device(config.use_cpu), texts)
+    model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
+    use_fast_kernels(model)
+    model.eval()
     check_prompts(model, tokenizer, prompts, config.max_length, config.max_new_tokens)
 
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
@@ -106,24 +118,20 @@ def main() -> int:
     }
     torch.manual_seed(config.seed)
     if config.interactive:
-        return converse(model, tokenizer, options)
+        return converse(model, tokenizer, precision, options)
 
-    if config.num_return_sequences > 1:
-        if not config.do_sample:
-            raise UserError(
-                f"--num_return_sequences {config.num_return_sequences} would be the same text: add --do_sample"
-            )
-        options["num_return_sequences"] = config.num_return_sequences
-    with tqdm(total=len(prompts), desc="Generating", unit="prompt", disable=None, leave=False, delay=1) as bar:
-        for start in range(0, len(prompts), config.batch_size):
-            part = prompts[start : start + config.batch_size]
-            for results in generate_batch(model, tokenizer, part, **options):
-                show(results, config.json)
-            bar.update(len(part))
+    if config.num_return_sequences > 1 and not config.do_sample:
+        raise UserError(f"--num_return_sequences {config.num_return_sequences} would be the same text: add --do_sample")
+    repeats = config.num_return_sequences
+    results = generate_all(model, tokenizer, prompts, config.batch_size, precision, repeats, **options)
+    for result in tqdm(
+        results, total=len(prompts), desc="Generating", unit="prompt", disable=None, leave=False, delay=1
+    ):
+        show(result, config.json)
     return 0
 
 
-def converse(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, options: dict[str, Any]) -> int:
+def converse(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, precision: Precision, options: dict[str, Any]) -> int:
     """Continue one prompt after another from the terminal, printed token by token; an empty line or Ctrl-D ends."""
     limits = options["max_length"], options["max_new_tokens"]
     while True:
@@ -139,7 +147,8 @@ def converse(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, options: dict[str
             print(error)
             continue
         print(prompt, end="", flush=True)
-        generate_batch(model, tokenizer, [prompt], streamer=TerminalStreamer(tokenizer), **options)
+        with precision.autocast():
+            generate_batch(model, tokenizer, [prompt], streamer=TerminalStreamer(tokenizer), **options)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft import errors
 from emoft.attention import use_packed_attention
-from emoft.batching import Batch, build_loader, epoch_batches, length_sorted_batches, target_tokens, token_lengths
+from emoft.batching import build_loader, epoch_batches, split_loader, target_tokens, token_lengths
 from emoft.checkpoint import (
     SaveError,
     capture_state,
@@ -40,16 +39,18 @@ from emoft.checkpoint import (
     restore_state,
     save_checkpoint,
 )
+from emoft.classify import classify
 from emoft.config import CONFIG_FILE, TrainConfig, parse_config, save_config
 from emoft.contrast import WrongLabels, label_contrast
 from emoft.data import checksum, read_splits, tokenize, unigram_entropy
 from emoft.distributed import World
-from emoft.evaluate import evaluate
+from emoft.duplicates import mark_duplicates, overlap
+from emoft.evaluate import Evaluation, evaluate, format_figures
 from emoft.gradients import GradientMonitor
 from emoft.kernels import compiled, keep_freed_memory, use_fast_kernels
 from emoft.loss import cross_entropy
 from emoft.machine import measure_flops
-from emoft.model import decode, load_model, load_model_and_tokenizer, save_model
+from emoft.model import byte_lengths, decode, load_model, load_model_and_tokenizer, save_model
 from emoft.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, Step, describe, trace
 from emoft.optim import build_optimizer, build_schedule, clip_gradients
 from emoft.parallel import check_parallel, exchange_gradients, load_weights, replicate, shard, whole_weights
@@ -66,6 +67,7 @@ Loaded = tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, dict[str, Dataset]]
 def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
     """Return the model, its tokenizer, the format of its texts, and the tokenized splits."""
     splits, text_format = read_splits(config)
+    splits = mark_duplicates(splits, config.drop_duplicates)
     texts = (text_format.fill(**row) for row in splits["train"])
     if checkpoint:
         config = dataclasses.replace(config, model_name_or_path=str(checkpoint), config_overrides="", tokenizer_name="")
@@ -74,7 +76,7 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
         model,
         tokenizer,
         text_format,
-        {name: tokenize(s, tokenizer, text_format, name) for name, s in splits.items()},
+        {name: tokenize(s, tokenizer, text_format, name, name != "train") for name, s in splits.items()},
     )
 
 
@@ -137,12 +139,13 @@ def train(
         check_data(saved, data_checksum, checkpoint, config)
         run = restore_state(saved, config, world, optimizer, schedule, precision)
 
-    def loader_of(split: str) -> DataLoader[Batch]:
-        """Return this rank's batches of a split."""
-        batch_size = config.per_device_eval_batch_size
-        batches = length_sorted_batches(tokenized[split], world.size * batch_size)
-        share = [part for batch in batches for part in world.share(batch, batch_size)]
-        return build_loader(tokenized[split], share, tokenizer.eos_token_id, device, config.batching)
+    token_bytes = byte_lengths(tokenizer, model.config.vocab_size)
+
+    def evaluation_of(split: str, signals: StopSignals | None = None) -> Evaluation | None:
+        rows = tokenized[split].select_columns("input_ids")
+        batch_size, pad_id = config.per_device_eval_batch_size, tokenizer.eos_token_id
+        loader = split_loader(rows, batch_size, pad_id, device, config.batching, world)
+        return evaluate(model, loader, precision, world, token_bytes, signals, overlap(tokenized[split]))
 
     def save() -> Path | None:
         """Save a checkpoint. Where that fails, for want of space for example, the run goes on with those it has."""
@@ -166,7 +169,7 @@ def train(
         """Evaluate and return whether the model is the best so far; after a signal, leave it to the resumed run."""
         run.evaluation_due = True
         with tracker.clock_stopped():
-            evaluation = evaluate(model, loader_of("validation"), precision, world, signals)
+            evaluation = evaluation_of("validation", signals)
             if evaluation is None:
                 return False
             run.evaluation_due = False
@@ -219,6 +222,10 @@ def train(
                 folder = save()
             stopped_early = 0 < config.early_stopping_patience <= run.evaluations_since_best
             done = done or stopped_early or run.evaluation_due
+        elif run.step == 0 and can_evaluate:
+            # What fine-tuning brings is the difference to this.
+            validate()
+            done = run.evaluation_due
         while not done:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
             # The ranks share the examples of each step, and cut their shares into micro-batches.
@@ -315,6 +322,9 @@ def train(
 
         tracker.close_bar()
         if run.evaluation_due or (run.step < total_steps and not stopped_early):
+            if run.step == 0:
+                print(f"stopped by {signals.name} before the first step, with nothing to save yet: start again")
+                return signals.exit_code
             if save_failed:
                 raise errors.UserError(f"stopped by {signals.name} after step {run.step}, which could not be saved")
             print(f"stopped by {signals.name} after step {run.step} and saved {folder}; to go on, run:")
@@ -335,9 +345,14 @@ def train(
                 print(f"took the model of step {run.best_step}, the best")
         results = tracker.results()
         if "test" in tokenized:
-            test = evaluate(model, loader_of("test"), precision, world, signals=None)
+            test = evaluation_of("test")
             assert test
-            results |= {"test_loss": test.loss, "test_perplexity": test.perplexity}
+            results |= {f"test_{name}": value for name, value in test.figures().items()}
+        if text_format.has_label and can_evaluate:
+            rows, batch_size = tokenized["validation"], config.per_device_eval_batch_size
+            if found := classify(model, tokenizer, text_format, rows, precision, world, batch_size, signals=signals):
+                results |= found.figures()
+                tracker.log_classification(found)
 
         weights = whole_weights(model, world)
 
@@ -349,7 +364,7 @@ def train(
         samples = sample_texts(model, tokenizer, text_format, config.seed)
         tracker.log_samples(samples)
         tracker.log_results(results)
-    print("\n".join(f"{name:26} {value:,.4f}" for name, value in results.items()))
+    print(format_figures(results))
     print("\n".join(samples.values()))
     print(f"saved the model in {output_dir}; generate with: python generate.py --model_name_or_path {output_dir}")
     return 0

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from emoft.distributed import World
 from emoft.loss import IGNORED, shift_labels
 
 # The tokens of a batch are filled up to a multiple of this. Every new shape costs its first matrix products: oneDNN
@@ -28,7 +29,7 @@ class Batch:
     predicting: Tensor  # (K,) int64: places in the flattened input_ids that predict a token
     targets: Tensor  # (K,) int64: the token each of them has to predict; IGNORED where K was filled up
     lengths: tuple[int, ...]  # tokens of each example
-    target_tokens: int  # of them, those that are predicted: all but the first of each example
+    target_tokens: int  # of them, those that are predicted: all but the first of each example, if it names no other
     rivals: int = 0  # examples at the end that are the others under wrong labels: see `emoft.contrast`
 
     @property
@@ -106,7 +107,7 @@ def _chunks(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Batch:
+def pack(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
     """Lay examples end to end in one row, with positions that restart at each; nothing is computed for padding.
 
     Only the end is filled up to a multiple, by one more example that predicts nothing. Of no examples at all, it makes
@@ -130,7 +131,8 @@ def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Ba
     offsets = np.concatenate([np.arange(length) for length in lengths])  # from the start of the example
     longest = _round_up(max(lengths), multiple)
     is_filling = np.arange(len(ids)) >= tokens
-    labels = np.where((offsets == 0) | is_filling, IGNORED, ids)
+    first_targets = np.repeat([*_first_targets(rows), *[0] * (filling > 0)], lengths)
+    labels = np.where((offsets < first_targets) | is_filling, IGNORED, ids)
     positions = np.where(is_filling, 0, offsets)  # a small model may have fewer positions than the filling
     inputs = {
         "input_ids": torch.from_numpy(ids)[None],
@@ -142,7 +144,7 @@ def pack(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Ba
     return _batch(inputs, torch.from_numpy(labels)[None], examples, multiple)
 
 
-def pad(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Batch:
+def pad(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
     """Put each example in a row of its own, padded on the right to the longest.
 
     GPT-2 numbers positions from the left whatever the mask says, so that padding on the left would shift them. Of no
@@ -156,10 +158,18 @@ def pad(rows: list[dict[str, list[int]]], pad_id: int, multiple: int = 1) -> Bat
     mask = np.arange(max(lengths)) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = np.concatenate(texts)
-    labels = np.where(mask, ids, IGNORED)
-    labels[:, 0] = IGNORED  # nothing stands before the first token that could predict it
+    is_target = mask & (np.arange(max(lengths)) >= np.array(_first_targets(rows) or [1])[:, None])
+    labels = np.where(is_target, ids, IGNORED)
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
     return _batch(inputs, torch.from_numpy(labels), tuple(lengths.tolist()[: len(rows)]), multiple)
+
+
+def _first_targets(rows: list[dict[str, Any]]) -> list[int]:
+    """Return the place of the first target of each example: 1 unless it names another, as `emoft.classify` does.
+
+    Nothing stands before the first token that could predict it.
+    """
+    return [max(1, row.get("first_target", 1)) for row in rows]
 
 
 def _batch(inputs: dict[str, Any], labels: Tensor, lengths: tuple[int, ...], multiple: int) -> Batch:
@@ -174,6 +184,15 @@ def _batch(inputs: dict[str, Any], labels: Tensor, lengths: tuple[int, ...], mul
         lengths=lengths,
         target_tokens=len(predicting),
     )
+
+
+def split_loader(
+    rows: Dataset, batch_size: int, pad_id: int, device: torch.device, batching: str, world: World
+) -> DataLoader[Batch]:
+    """Return a DataLoader over this rank's share of a whole split, in an order that pads least; see `build_loader`."""
+    batches = length_sorted_batches(rows, world.size * batch_size)
+    shares = [part for batch in batches for part in world.share(batch, batch_size)]
+    return build_loader(rows, shares, pad_id, device, batching)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -33,6 +33,17 @@ TAGS = {
     "memory_gib": ("speed/memory_gib", "Memory in GiB: of the process, or the most allocated on the GPU."),
     "eval_loss": ("eval/loss", "Mean cross-entropy of the validation split's target tokens, in nats."),
     "eval_perplexity": ("eval/perplexity", "exp(eval/loss)."),
+    "eval_bits_per_byte": (
+        "eval/bits_per_byte",
+        "Cross-entropy of the validation split's targets, in bits, by the bytes they stand for: comparable between"
+        " tokenizers.",
+    ),
+    "emotion_accuracy": (
+        "eval/emotion_accuracy",
+        "Share of the validation split's texts whose emotion is the one under which the model finds them likeliest.",
+    ),
+    "macro_f1": ("eval/macro_f1", "Mean over emotions of the F1 score of the same predictions."),
+    "eval_loss_without_overlap": ("eval/loss_without_overlap", "eval/loss of the texts that train does not hold too."),
 }
 GROUPS = {
     "gradient_norm": "L2 norm of the step's whole gradient, unscaled, before clipping. h00 is the first block.",
@@ -144,6 +155,36 @@ def heat_map(steps: list[int], norms: list[list[float]]) -> np.ndarray:
     image.paste(Image.fromarray(bar), (left + picture.width + 16, top))
     for y, value in ((top, high), (top + picture.height, low)):
         draw.text((left + picture.width + 40, y), f"{value:.1f}", "black", font, anchor="lm")
+    return np.asarray(image)
+
+
+def confusion_map(labels: list[str], counts: np.ndarray) -> np.ndarray:
+    """Draw a confusion matrix: each cell with its count, in the color of its share of the true label's texts.
+
+    Args:
+        labels: L names.
+        counts: (L, L), true labels down, predicted ones across.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    font = ImageFont.load_default(20)
+    longest = round(max(font.getlength(label) for label in labels))
+    cell = max(84, longest + 12)
+    left, top = longest + 24, 84
+    image = Image.new("RGB", (left + cell * len(labels) + 16, top + cell * len(labels) + 16), "white")
+    image.paste(Image.fromarray(_colors(shares).repeat(cell, axis=0).repeat(cell, axis=1)), (left, top))
+    draw = ImageDraw.Draw(image)
+    draw.text((12, 10), "texts by emotion (down) and predicted emotion (across)", "black", ImageFont.load_default(22))
+    for row, label in enumerate(labels):
+        middle = (row + 0.5) * cell
+        draw.text((left - 12, top + middle), label, "black", font, anchor="rm")
+        draw.text((left + middle, top - 8), label, "black", font, anchor="md")
+        for column in range(len(labels)):
+            color = "black" if shares[row, column] > 0.6 else "white"
+            place = left + (column + 0.5) * cell, top + middle
+            draw.text(place, f"{counts[row, column]:,}", color, font, anchor="mm")
     return np.asarray(image)
 
 

@@ -45,6 +45,7 @@ FREE_TO_CHANGE = {
     "load_best_model_at_end", "model_name_or_path", "config_overrides", "vocab_size", "tokenizer_name", "test_file",
     "log_gradients_every", "sample_every", "on_nonfinite", "train_file", "validation_file", "dataset_name",
     "dataset_config_name", "delimiter", "column_names", "text_column", "label_column", "max_train_samples", "parallel",
+    "drop_duplicates",
 }  # fmt: skip
 # Together with the number of ranks they say how many examples a step has: see `examples_per_step`.
 STEP_SIZE = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -445,7 +446,7 @@ def check_data(state: dict[str, Any], data_checksum: str, checkpoint: Path, conf
         return
     now = asdict(config)
     names = ("train_file", "dataset_name", "dataset_config_name", "delimiter", "text_column", "label_column",
-             "column_names", "max_train_samples")  # fmt: skip
+             "column_names", "drop_duplicates", "max_train_samples")  # fmt: skip
     changed = [f"--{name} {state['config'][name]}, not {now[name]}" for name in names
                if state["config"].get(name) != now[name]]  # fmt: skip
     raise UserError(

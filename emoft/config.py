@@ -77,6 +77,9 @@ class TrainConfig:
     template: str = option("Emotion: {text}", "the text of an example; may hold {label} before {text}")
     append_eos: bool = option(True, "end each text with the end-of-text token, which teaches the model to stop")
     max_length: Length = option(64, "longest text in tokens, end-of-text included; the rest is cut")
+    drop_duplicates: bool = option(
+        False, "leave out of train what it holds twice, exactly or nearly, and what the evaluation splits hold too"
+    )
     max_train_samples: CountOrOff = option(0, "train on the first so many examples (0: all)")
     max_eval_samples: CountOrOff = option(0, "evaluate on the first so many examples (0: all)")
 
@@ -164,7 +167,10 @@ class GenerateConfig:
     )
     num_return_sequences: Count = option(1, "results for each prompt")
     seed: Seed = option(42, "of the random draws")
-    batch_size: Count = option(8, "prompts generated at once")
+    batch_size: Count = option(32, "texts generated at once, which bounds the memory")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto", "as for train.py, but no for few texts on a CPU; no gives a prompt the same text beside any other"
+    )
     json: bool = option(False, "print a line of JSON for each result")
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 

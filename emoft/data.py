@@ -280,8 +280,7 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) 
     An "<|endoftext|>" that stands in a text is text: only the end of an example is taught to be an end.
     """
     end = [tokenizer.eos_token_id] if text_format.append_eos else []
-    # What lies beyond the characters that `max_length` tokens can hold is not even read: a line may be a whole book.
-    most = (text_format.max_length + 1) * max(map(len, tokenizer.get_vocab()))
+    most = most_characters(tokenizer, text_format.max_length)
     rows = tokenizer(
         [text[:most] for text in texts],
         add_special_tokens=False,
@@ -292,8 +291,18 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) 
     return [(row + end)[: text_format.max_length] for row in rows]
 
 
-def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, split: str) -> Dataset:
-    """Return a memory-mapped data set of one column, "input_ids"; made once, then read from the cache."""
+def most_characters(tokenizer: GPT2Tokenizer, max_length: int) -> int:
+    """Return a number of characters beyond which nothing of a text is kept: a line may be a whole book."""
+    return (max_length + 1) * max(map(len, tokenizer.get_vocab()))
+
+
+def tokenize(
+    rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, split: str, keep_columns: bool = False
+) -> Dataset:
+    """Return a memory-mapped data set of one column, "input_ids"; made once, then read from the cache.
+
+    With `keep_columns` the columns of the rows stand beside it.
+    """
     columns = ["text", "label"] if text_format.has_label else ["text"]
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # of the last use, without effect on `encode`
@@ -308,9 +317,11 @@ def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, s
         encode_batch,
         batched=True,
         input_columns=columns,
-        remove_columns=columns,
-        features=Features({"input_ids": datasets.List(Value("int32"))}),
-        new_fingerprint=_fingerprint(rows._fingerprint, json.dumps(vocabulary), repr(text_format)),
+        remove_columns=None if keep_columns else rows.column_names,
+        features=Features((rows.features if keep_columns else {}) | {"input_ids": datasets.List(Value("int32"))}),
+        new_fingerprint=_fingerprint(
+            rows._fingerprint, json.dumps(vocabulary), repr(text_format), "kept" if keep_columns else ""
+        ),
         desc=f"Tokenizing {split}",
     )
 

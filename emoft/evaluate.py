@@ -1,14 +1,18 @@
-"""How well a model predicts a split: token-weighted loss and perplexity."""
+"""How well a model predicts a split: token-weighted loss, perplexity, bits per byte, and how sure each of them is."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
 from emoft.batching import Batch
+from emoft.bootstrap import Interval, intervals
 from emoft.distributed import World
 from emoft.loss import cross_entropy
 from emoft.precision import Precision
@@ -16,16 +20,62 @@ from emoft.signals import StopSignals
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What a model gives each example of a split, in the split's order; (E,) each."""
+
+    nats: np.ndarray  # float64, cross-entropy summed over the targets
+    tokens: np.ndarray  # int64, targets: every token but the first
+    text_bytes: np.ndarray  # int64, of the text that the targets stand for, in UTF-8
+
+    def __getitem__(self, which: np.ndarray) -> "Scores":
+        return Scores(self.nats[which], self.tokens[which], self.text_bytes[which])
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """The result over a split: mean cross-entropy of its target tokens in nats, and how many those are."""
+    """The result over a split, each figure with the 95 % interval of a bootstrap over examples.
+
+    - loss: cross-entropy of the target tokens, in nats a token, each token weighing the same.
+    - perplexity: exp(loss).
+    - bits_per_byte: cross-entropy of the target tokens, in bits, by the bytes of the text that they stand for. Every
+      token but the first is a target, so the first one's bytes do not count either; end-of-text costs bits and stands
+      for no byte, once a text, whatever the tokenizer; of a text that was cut, the bytes that were kept count. That
+      makes it comparable between tokenizers where few texts are cut (`max_length` counts tokens), unlike the loss: the
+      longer a tokenizer's tokens, the more is lost with each.
+    """
 
     loss: float
+    loss_interval: Interval
+    bits_per_byte: float
+    bits_per_byte_interval: Interval
+    examples: int
     tokens: int
+    text_bytes: int
+    overlap: int = 0  # examples that the train split holds too, as far as anyone has looked
+    without_overlap: "Evaluation | None" = None  # over the others, if there are both
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that is too large for a number."""
         return perplexity(self.loss)
+
+    def figures(self) -> dict[str, Any]:
+        """Return all figures by name, each with its interval beside it, as [low, high]."""
+        low, high = self.loss_interval
+        figures: dict[str, Any] = {
+            "loss": self.loss,
+            "loss_interval": [low, high],
+            "perplexity": self.perplexity,
+            "perplexity_interval": [perplexity(low), perplexity(high)],  # exp keeps the order of the resamples
+            "bits_per_byte": self.bits_per_byte,
+            "bits_per_byte_interval": list(self.bits_per_byte_interval),
+        }
+        if self.without_overlap:
+            figures["overlap"] = self.overlap
+            for name, value in self.without_overlap.figures().items():
+                base = name.removesuffix("_interval")
+                figures[f"{base}_without_overlap{name.removeprefix(base)}"] = value
+        return figures
 
 
 def perplexity(loss: float) -> float:
@@ -36,37 +86,121 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-@torch.no_grad()  # not inference_mode: the weights that FSDP gathers in it could not be trained any more
 def evaluate(
-    model: GPT2LMHeadModel, loader: DataLoader[Batch], precision: Precision, world: World, signals: StopSignals | None
+    model: GPT2LMHeadModel,
+    loader: DataLoader[Batch],
+    precision: Precision,
+    world: World,
+    byte_lengths: Tensor,
+    signals: StopSignals | None = None,
+    overlap: np.ndarray | None = None,
 ) -> Evaluation | None:
-    """Return the loss over all batches of all ranks' loaders, each token weighing the same; dropout is off meanwhile.
-
-    The sum is kept in float64, so that the order of the batches does not show in the result.
+    """Return the result over all batches of all ranks' loaders; dropout is off meanwhile.
 
     Args:
         model: in either mode.
-        loader: this rank's batches of the split, as many on each rank.
+        loader: of a split, of `batching.split_loader`.
         precision: of the run.
         world: all ranks.
+        byte_lengths: see `score_examples`.
         signals: if one was received, the evaluation ends at the next batch.
+        overlap: (E,) bool, which examples the train split holds too; None if nobody has looked.
 
     Returns:
         The result; None if a signal ended it.
     """
+    scores = score_examples(model, loader, precision, world, byte_lengths, signals)
+    return None if scores is None else summarize(scores, overlap)
+
+
+@torch.no_grad()  # not inference_mode: the weights that FSDP gathers in it could not be trained any more
+def score_examples(
+    model: GPT2LMHeadModel,
+    loader: DataLoader[Batch],
+    precision: Precision,
+    world: World,
+    byte_lengths: Tensor | None = None,
+    signals: StopSignals | None = None,
+    description: str = "Evaluating",
+) -> Scores | None:
+    """Return what the model gives each example of a loader, in the order of the data set.
+
+    Sums are kept in float64, so that neither the order of the batches nor their form shows in the result.
+
+    Args:
+        model: in either mode; dropout is off meanwhile.
+        loader: of `batching.split_loader`, over all examples of its data set.
+        precision: of the run.
+        world: all ranks, each of which scores its share.
+        byte_lengths: (V,) int64, the bytes that each token stands for, of `model.byte_lengths`; none to count none.
+        signals: if one was received, this ends at the next batch.
+        description: of the progress bar.
+
+    Returns:
+        The scores; None if a signal ended it.
+    """
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=precision.device)  # loss and tokens
-    for batch in tqdm(loader, desc="Evaluating", unit="batch", leave=False, dynamic_ncols=True):
+    device = precision.device
+    if byte_lengths is None:
+        byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+    byte_lengths = byte_lengths.to(device)
+    parts = []
+    for batch in tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True):
         if signals and signals.poll():
             break
-        total[1] += batch.target_tokens
-        batch = batch.to(precision.device)
+        owners = batch.owners().flatten()[batch.predicting].to(device)  # (K,) the example of each target
+        batch = batch.to(device)
         with precision.autocast():
-            hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-            total[0] += cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets).sum()
+            hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
+            losses = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)  # (K,)
+        is_target = batch.targets >= 0
+        values = torch.stack([losses.double(), is_target, byte_lengths[batch.targets.clamp(min=0)] * is_target])
+        sums = torch.zeros(3, batch.examples, dtype=torch.float64, device=device)
+        parts.append(sums.index_add_(1, owners.clamp(min=0), values))  # those without an owner are no targets
     model.train(was_training)
     if signals and signals.received:
         return None
-    loss, tokens = world.sum(total).tolist()
-    return Evaluation(loss=loss / max(1, tokens), tokens=int(tokens))
+    indices: Any = loader.batch_sampler
+    places = torch.tensor([index for batch in indices for index in batch], dtype=torch.int64)
+    of_all = torch.zeros(3, len(loader.dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
+    of_all[:, places.to(device)] = torch.cat(parts, dim=1)  # other ranks' examples are left 0
+    nats, tokens, text_bytes = world.sum(of_all).cpu().numpy()
+    return Scores(nats, tokens.astype(np.int64), text_bytes.astype(np.int64))
+
+
+def summarize(scores: Scores, overlap: np.ndarray | None = None) -> Evaluation:
+    """Return the figures of a split.
+
+    Args:
+        scores: of all its examples.
+        overlap: (E,) bool, see `evaluate`.
+    """
+
+    def ratios(which: Any) -> list[np.ndarray]:
+        nats, tokens, text_bytes = (
+            each[which].sum(-1) for each in (scores.nats, scores.tokens, scores.text_bytes)
+        )  # fmt: skip
+        return [nats / np.maximum(1, tokens), nats / math.log(2) / np.maximum(1, text_bytes)]
+
+    loss, bits_per_byte = (float(each) for each in ratios(slice(None)))
+    loss_interval, bits_interval = intervals(ratios, len(scores.nats))
+    others = None
+    if overlap is not None and overlap.any() and not overlap.all():
+        others = summarize(scores[~overlap])
+    return Evaluation(
+        loss, loss_interval, bits_per_byte, bits_interval, len(scores.nats), int(scores.tokens.sum()),
+        int(scores.text_bytes.sum()), 0 if overlap is None else int(overlap.sum()), others,
+    )  # fmt: skip
+
+
+def format_figures(figures: dict[str, Any]) -> str:
+    """Return a table of figures, a line each, with the 95 % interval beside those that have one."""
+    numbers = {name: value for name, value in figures.items() if isinstance(value, float | int)}
+    width = max(map(len, numbers), default=0)
+    lines = []
+    for name, value in numbers.items():
+        interval = figures.get(f"{name}_interval")
+        beside = f"  [{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""
+        lines.append(f"{name:{width}}  {value:,.4f}{beside}")
+    return "\n".join(lines)

@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # the label of what is no target
 FLOAT_BYTES = 8 << 20  # of logits in float32 at a time: what stays in a processor's cache
+LOGIT_BYTES = 64 << 20  # of logits in float32 at a time in inference: enough rows for a fast matrix product
 WEIGHT_ROWS = 8192  # of the head's gradient at a time, likewise
 
 
@@ -40,7 +42,24 @@ def cross_entropy(hidden: Tensor, head: Tensor, predicting: Tensor, targets: Ten
         predicting: (K,) places in the flattened hidden states that predict a token.
         targets: (K,) the token of each, of `shift_labels`; 0 is returned for `IGNORED` ones.
     """
-    return _LinearCrossEntropy.apply(hidden.flatten(0, 1).index_select(0, predicting), head, targets)
+    hidden = hidden.flatten(0, 1).index_select(0, predicting)
+    if not torch.is_grad_enabled():
+        return _without_gradient(hidden, head, targets)
+    return _LinearCrossEntropy.apply(hidden, head, targets)
+
+
+def _without_gradient(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """The same without a backward pass: no logits are kept for it, they exist for a few rows at a time only."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+    hidden, head = hidden.to(dtype), head.to(dtype)
+    rows = max(1, LOGIT_BYTES // (4 * len(head)))
+    losses = []
+    with torch.autocast(device, enabled=False):
+        for block, labels in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = _widen(block @ head.t())  # (rows, V)
+            losses.append(F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none"))
+    return torch.cat(losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

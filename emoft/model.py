@@ -182,6 +182,23 @@ def token_bytes(tokenizer: GPT2Tokenizer, ids: Iterable[int]) -> bytes:
     return bytes(BYTE_OF_CHARACTER[character] for token in tokens for character in token or "")
 
 
+def byte_lengths(tokenizer: GPT2Tokenizer, rows: int) -> Tensor:
+    """Return how many bytes each token stands for, none for special ones.
+
+    Args:
+        tokenizer: a byte-level BPE, of which each character of a token stands for a byte.
+        rows: of the model's vocabulary, some of which may be spare.
+
+    Returns:
+        (rows,) int64.
+    """
+    lengths = torch.zeros(rows, dtype=torch.int64)
+    special = set(tokenizer.all_special_ids)
+    for token, number in tokenizer.get_vocab().items():
+        lengths[number] = 0 if number in special else len(token)
+    return lengths
+
+
 def decode(tokenizer: GPT2Tokenizer, ids: Iterable[int]) -> str:
     """Return the text of tokens. Bytes that make no character, as of one cut in two, are left out."""
     return token_bytes(tokenizer, ids).decode("utf-8", errors="ignore")

@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,16 @@ from transformers import (
     GPT2Tokenizer,
     LogitsProcessor,
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from emoft.errors import UserError
 from emoft.model import decode, token_bytes
+from emoft.precision import Precision
 from emoft.template import TextFormat
+
+MANY = 16  # texts at once from which a CPU is faster in half precision: fewer rows do not fill its matrix units
+WINDOW = 16  # batches whose prompts are sorted together
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def generate_batch(
     no_repeat_ngram_size: int = 0,
     streamer: BaseStreamer | None = None,
     **options: Any,
-) -> list[list[Generated]]:
+) -> list[Generated]:
     """Continue prompts together, padded on the left so that each goes on at its last token.
 
     Args:
@@ -79,10 +82,10 @@ def generate_batch(
         max_new_tokens: if not 0, most tokens after the prompt instead.
         no_repeat_ngram_size: if not 0, no sequence of so many tokens occurs twice in a result, its prompt included.
         streamer: receives the tokens as they come, of a single prompt.
-        options: of `GenerationConfig`, such as `do_sample` or `num_return_sequences`.
+        options: of `GenerationConfig`, such as `do_sample`.
 
     Returns:
-        For each prompt its results.
+        For each prompt its result.
     """
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, rows))
@@ -113,48 +116,96 @@ def generate_batch(
         streamer=streamer,
         logits_processor=rules,
     )
-    results: list[list[Generated]] = [[] for _ in prompts]
-    repeats = len(output) // len(prompts)
-    for index, sequence in enumerate(output[:, width:].tolist()):
-        number = index // repeats
-        new = sequence[: room[number]]
+    results = []
+    for prompt, row, limit, sequence in zip(prompts, rows, room, output[:, width:].tolist(), strict=True):
+        new = sequence[:limit]
         finished = eos in new
         new = new[: new.index(eos)] if finished else new
-        text = decode(tokenizer, rows[number] + new)
-        results[number].append(Generated(prompts[number], text, len(new), finished))
+        results.append(Generated(prompt, decode(tokenizer, row + new), len(new), finished))
     return results
 
 
 def _by_length(
-    rows: list[list[int]], prompts: Sequence[str], generate: Callable[[list[str]], list[list[Generated]]]
-) -> list[list[Generated]]:
+    rows: list[list[int]], prompts: Sequence[str], generate: Callable[[list[str]], list[Generated]]
+) -> list[Generated]:
     """Generate the prompts of each length, in tokens, by themselves."""
-    results: dict[int, list[Generated]] = {}
+    results: dict[int, Generated] = {}
     for length in sorted({len(row) for row in rows}):
         numbers = [number for number, row in enumerate(rows) if len(row) == length]
         results.update(zip(numbers, generate([prompts[number] for number in numbers]), strict=True))
     return [results[number] for number in range(len(rows))]
 
 
-class NoRepeatNGram(LogitsProcessor):
-    """`NoRepeatNGramLogitsProcessor` that does not take padding for text.
+def choose_generation_precision(name: str, device: torch.device, texts: int) -> Precision:
+    """Return the precision for so many texts at once; on a CPU "auto" is float32 for a few."""
+    return Precision("no" if name == "auto" and device.type == "cpu" and texts < MANY else name, device)
 
-    The library's own counts end-of-text, which fills the rows up, as a token of the prompt: a prompt would be continued
-    differently beside a longer one than alone.
+
+def generate_all(
+    model: GPT2LMHeadModel,
+    tokenizer: GPT2Tokenizer,
+    prompts: Sequence[str],
+    batch_size: int,
+    precision: Precision,
+    num_return_sequences: int = 1,
+    **options: Any,
+) -> Iterator[list[Generated]]:
+    """Continue any number of prompts, a batch of similar lengths at a time.
+
+    Prompts are sorted by length, so that little is computed for padding, a window of some batches at a time, so that
+    the first results need not wait for the last.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        prompts: texts to continue, all past `check_prompts`.
+        batch_size: sequences computed at once, which bounds the memory.
+        precision: of the matrix products.
+        num_return_sequences: results for each prompt.
+        options: of `generate_batch`.
+
+    Yields:
+        For each prompt, in the order given, its results.
+    """
+    wanted = [number for number in range(len(prompts)) for _ in range(num_return_sequences)]
+    results: dict[int, list[Generated]] = {}
+    following = 0  # the prompt whose results come next
+    for start in range(0, len(wanted), WINDOW * batch_size):
+        window = wanted[start : start + WINDOW * batch_size]
+        window.sort(key=lambda number: len(encode_prompt(tokenizer, prompts[number])))
+        for place in range(0, len(window), batch_size):
+            part = window[place : place + batch_size]
+            with precision.autocast():
+                generated = generate_batch(model, tokenizer, [prompts[number] for number in part], **options)
+            for number, result in zip(part, generated, strict=True):
+                results.setdefault(number, []).append(result)
+            while len(results.get(following, ())) == num_return_sequences:
+                yield results.pop(following)
+                following += 1
+
+
+class NoRepeatNGram(LogitsProcessor):
+    """Lets no sequence of `size` tokens occur twice in a row, all rows at once.
+
+    The rule of `NoRepeatNGramLogitsProcessor`, which works row by row in Python, and takes the end-of-text that fills
+    the rows up for a token of the prompt: a prompt would be continued differently beside a longer one than alone.
     """
 
     def __init__(self, size: int, padding: list[int]) -> None:
-        self.rule = NoRepeatNGramLogitsProcessor(size)
-        self.padding = padding  # tokens in front of each prompt
+        self.size = size
+        self.padding = torch.tensor(padding)  # (B,) tokens in front of each prompt
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores (B, V) with minus infinity for each token that would repeat a sequence."""
-        repeats = len(input_ids) // len(self.padding)
-        rows = [
-            self.rule(ids[self.padding[number // repeats] :][None], row[None])
-            for number, (ids, row) in enumerate(zip(input_ids, scores, strict=True))
-        ]
-        return torch.cat(rows)
+        if input_ids.shape[1] < self.size:
+            return scores
+        windows = input_ids.unfold(1, self.size, 1)  # (B, W, size)
+        latest = input_ids[:, input_ids.shape[1] - self.size + 1 :]  # (B, size - 1), what a token would complete
+        starts = torch.arange(windows.shape[1], device=input_ids.device)
+        in_text = starts >= self.padding.to(input_ids.device)[:, None]
+        repeats = (windows[..., :-1] == latest[:, None]).all(-1) & in_text  # (B, W)
+        banned = torch.where(repeats, -torch.inf, torch.inf).to(scores.dtype)
+        return scores.scatter_reduce(1, windows[..., -1], banned, "amin")
 
 
 def sample_texts(
@@ -174,7 +225,7 @@ def sample_texts(
             model, tokenizer, list(prompts.values()), text_format.max_length, do_sample=True, top_k=50
         )
     model.train(was_training)
-    return {name: result[0].text for name, result in zip(prompts, results, strict=True)}
+    return {name: result.text for name, result in zip(prompts, results, strict=True)}
 
 
 class TerminalStreamer(BaseStreamer):

@@ -44,6 +44,16 @@ class TextFormat:
         """Return the text of one example, without the end-of-text token."""
         return self.template.format(text=text, label=label)
 
+    def conditioned_from(self, text: str, label: str) -> int:
+        """Return the place in a filled template where that begins whose probability tells labels apart, in characters.
+
+        It is the text if the label stands before it, else the label.
+        """
+        before_text = self.template.partition("{text}")[0]
+        if "{label}" in before_text:
+            return len(before_text.format(label=label))
+        return len(self.template.partition("{label}")[0].format(text=text))
+
     def prompt(self, label: str = "", text: str = "") -> str:
         """Return what stands before the words to be generated: the template up to the end of its `{text}`.
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import GPT2Config
 
 from emoft.batching import Batch, Lengths, target_tokens
-from emoft.charts import GROUPS, GUIDE, GUIDE_LEVEL, LAYOUT, TAGS, heat_map
+from emoft.charts import GROUPS, GUIDE, GUIDE_LEVEL, LAYOUT, TAGS, confusion_map, heat_map
+from emoft.classify import Classification
 from emoft.config import TrainConfig
 from emoft.distributed import World
 from emoft.evaluate import Evaluation, perplexity
@@ -40,7 +41,12 @@ SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak", "memory_gib
 # What a log entry tells of the steps since the entry before.
 SUMS = ("train_seconds", "samples", "tokens", "operations", "loss_sum", "loss_tokens", "clipped_steps")
 DESCRIPTIONS = dict(TAGS.values())
-FINAL = ("train_loss", "eval_loss", "perplexity", "train_samples_per_second")  # of the HParams table
+# Of the HParams table.
+FINAL = (
+    "train_loss", "eval_loss", "perplexity", "bits_per_byte", "emotion_accuracy", "macro_f1",
+    "train_samples_per_second",
+)  # fmt: skip
+EVALUATED = ("eval_loss", "perplexity", "bits_per_byte")  # figures of an evaluation, by their names in the results
 COLUMNS = 512  # measured steps that the heat map keeps
 
 
@@ -255,20 +261,28 @@ class Tracker:
         """Log an evaluation.
 
         Returns:
-            Whether it is the best so far.
+            Whether it is the best so far; the one before the first step is none of those that compete.
         """
         run = self.run
-        self._log({"eval_loss": evaluation.loss, "eval_perplexity": evaluation.perplexity})
-        is_best = evaluation.loss < run.best_loss
+        self._log({f"eval_{name}": value for name, value in evaluation.figures().items()})
+        is_best = run.step > 0 and evaluation.loss < run.best_loss
         if is_best:
             run.best_loss, run.best_step, run.evaluations_since_best = evaluation.loss, run.step, 0
-        else:
+        elif run.step > 0:
             run.evaluations_since_best += 1
         tqdm.write(
-            f"step {run.step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
-            + (" (best so far)" if is_best else "")
+            f"step {run.step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f},"
+            f" {evaluation.bits_per_byte:.3f} bits per byte" + (" (best so far)" if is_best else "")
         )
         return is_best
+
+    def log_classification(self, classification: Classification) -> None:
+        """Show how well emotions are told apart, and the confusion matrix, for the model as it is now."""
+        self._add_scalars({TAGS[n][0]: value for n, value in classification.figures().items() if n in TAGS})
+        picture = confusion_map(classification.labels, classification.confusion)
+        step = self.run.step
+        self._write(lambda writer: writer.add_image("confusion", picture, step, dataformats="HWC"))
+        self._add_text("confusion", classification.table(), step)
 
     def log_gradients(self, figures: Figures) -> None:
         """Show the measurements of a step, and the heat map of all measured steps."""
@@ -313,16 +327,17 @@ class Tracker:
         self._add_text("nonfinite", "\n".join(lines), fault.step)
         self._add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)
 
-    def log_results(self, results: dict[str, float]) -> None:
+    def log_results(self, results: dict[str, Any]) -> None:
         """Show the final figures: in the HParams table beside the run's configuration."""
         if self.run.depth_steps:
             self._draw_heat_map()
         self._add_scalars({f"final/{name}": results[name] for name in FINAL if name in results})
         self._add_summary(self._hparams()[2])
 
-    def _log(self, metrics: dict[str, float]) -> None:
+    def _log(self, metrics: dict[str, Any]) -> None:
         step, epoch = self.run.step, self.run.step / self.steps_per_epoch
-        self._add_scalars({TAGS[name][0]: value for name, value in {**metrics, "epoch": epoch}.items()})
+        shown = {**metrics, "epoch": epoch}
+        self._add_scalars({TAGS[name][0]: value for name, value in shown.items() if name in TAGS})
         history = {name: value for name, value in metrics.items() if name not in SPEED}
         self.run.log_history.append({**history, "epoch": round(epoch, 6), "step": step})
 
@@ -372,12 +387,12 @@ class Tracker:
             },
         )
 
-    def results(self) -> dict[str, float]:
+    def results(self) -> dict[str, Any]:
         """Return the figures of the whole run, by the Trainer's names. Seconds are those of training alone."""
         run = self.run
         seconds = max(1e-9, run.train_seconds)
         self._read_sums()
-        figures: dict[str, float] = {
+        figures: dict[str, Any] = {
             "epoch": run.step / self.steps_per_epoch,
             "train_loss": run.loss_sum / max(1, run.loss_tokens),
             "train_runtime": run.train_seconds,
@@ -386,13 +401,22 @@ class Tracker:
             "train_tokens_per_second": run.tokens / seconds,
             "train_share_of_peak": run.operations / seconds / self.peak_flops,
         }
+        evaluations = {entry["step"]: entry for entry in run.log_history if "eval_loss" in entry}
         if math.isfinite(run.best_loss):
-            shown = run.best_loss if self.config.load_best_model_at_end else self._last("eval_loss")
-            figures |= {"eval_loss": shown, "perplexity": perplexity(shown)}
+            after = evaluations[run.best_step if self.config.load_best_model_at_end else max(evaluations)]
+            for name in EVALUATED:
+                if before := evaluations.get(0):
+                    figures[f"{name}_before"] = before[_logged_name(name)]
+                    figures[f"{name}_before_interval"] = before[f"{_logged_name(name)}_interval"]
+                logged = {each: value for each, value in after.items() if each.startswith(_logged_name(name))}
+                figures |= {each.replace(_logged_name(name), name): value for each, value in logged.items()}
+            if "eval_overlap" in after:
+                figures["eval_overlap"] = after["eval_overlap"]
         return figures
 
-    def _last(self, name: str) -> float:
-        return next(float(entry[name]) for entry in reversed(self.run.log_history) if name in entry)
+
+def _logged_name(name: str) -> str:
+    return f"eval_{name.removeprefix('eval_')}"
 
 
 def fault_file(step: int) -> str:

@@ -45,7 +45,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def generate(run: Callable[..., Result], folder: Path) -> Callable[..., Result]:
     def generate_with(*words: object, **env: str) -> Result:
-        result = run("generate.py", "--model_name_or_path", folder, *words, **env)
+        result = run("generate.py", "--model_name_or_path", folder, "--mixed_precision=no", *words, **env)
         assert result.code == 0, result.err
         return result
 
@@ -69,6 +69,23 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(generate: Callable[..., Re
     alone = [generate("--prompt", prompt, "--json").out.strip() for prompt in PROMPTS]
     assert together == alone
     assert len({json.loads(line)["new_tokens"] for line in alone}) > 1, "100 tokens together with the prompt"
+
+
+def test_results_stand_in_the_order_asked(generate: Callable[..., Result], tmp_path: Path) -> None:
+    """More prompts than are sorted together, each with several results."""
+    prompts = [f"i feel {'very ' * (number * 7 % 5)}{number}" for number in range(40)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    words = ["--prompts_file", "prompts.txt", "--json", "--max_new_tokens", 3, "--do_sample"]
+    out = generate(*words, "--num_return_sequences", 3, "--batch_size", 2).out
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in rows] == [prompt for prompt in prompts for _ in range(3)]
+    assert [row["sequence"] for row in rows] == [1, 2, 3] * 40
+    assert all(row["text"].startswith(row["prompt"]) for row in rows)
+
+
+def test_in_half_precision_it_writes_too(generate: Callable[..., Result]) -> None:
+    words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    assert len(generate(*words, "--mixed_precision=bf16", "--json").out.splitlines()) == len(PROMPTS)
 
 
 def test_prompts_from_a_file_and_from_standard_input(generate: Callable[..., Result], tmp_path: Path) -> None:
@@ -106,7 +123,8 @@ class TestInteractive:
         expected = generate("--prompt", "i feel").out.strip()
         terminal, theirs = pty.openpty()
         process = subprocess.Popen(
-            [sys.executable, ROOT / "generate.py", "--model_name_or_path", folder, "--interactive"],
+            [sys.executable, ROOT / "generate.py", "--model_name_or_path", folder, "--interactive",
+             "--mixed_precision=no"],
             stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, env={**os.environ, **environment(tmp_path)},
         )  # fmt: skip
         os.close(theirs)

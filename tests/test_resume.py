@@ -249,10 +249,11 @@ def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, 
         tiny_model, train_file, validation_file=tmp_path / "many.txt", max_steps=6, eval_steps=3,
         per_device_eval_batch_size=1, max_eval_samples=1500,
     )  # fmt: skip
-    for more in ([], ["--resume_from_checkpoint=latest"]):  # the resumed run is stopped in the same evaluation
+    # The resumed run is stopped in the same evaluation; the one before the first step is not its.
+    for more, bars in (([], 2), (["--resume_from_checkpoint=latest"], 1)):
         (process,) = scripts.start("train.py", *words, *more, cwd=tmp_path)
         deadline = time.monotonic() + 60
-        while "Evaluating" not in scripts.files["stderr"].read_text(errors="replace"):
+        while scripts.files["stderr"].read_text(errors="replace").count("Evaluating:   0%") < bars:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         os.kill(process, signal.SIGTERM)
@@ -260,13 +261,32 @@ def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, 
         assert stopped.code == 143, stopped.err
         assert "after step 3 and saved run/checkpoint-3" in stopped.out
         state = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())
-        assert not any("eval_loss" in entry for entry in state["log_history"])
+        assert not any("eval_loss" in entry and entry["step"] for entry in state["log_history"])
     resumed = scripts("train.py", *words, "--resume_from_checkpoint=latest", cwd=tmp_path)
     assert resumed.code == 0, resumed.err
     whole = scripts("train.py", *words, "--output_dir=whole", cwd=tmp_path)
     assert whole.code == 0
     assert history(tmp_path / "run") == history(tmp_path / "whole")
     assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_a_signal_in_the_evaluation_before_the_first_step(scripts, tmp_path, tiny_model, train_file) -> None:
+    (tmp_path / "many.txt").write_text("\n".join(f"i feel number {n};joy" for n in range(1500)) + "\n")
+    words = flags(
+        tiny_model, train_file, validation_file=tmp_path / "many.txt", max_steps=2, per_device_eval_batch_size=1
+    )
+    (process,) = scripts.start("train.py", *words, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while "Evaluating" not in scripts.files["stderr"].read_text(errors="replace"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process, signal.SIGINT)
+    stopped = scripts.finish()
+    assert stopped.code == 130, stopped.err
+    assert stopped.out.splitlines()[-1] == (
+        "stopped by SIGINT before the first step, with nothing to save yet: start again"
+    )
+    assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
 def test_a_second_run_is_kept_out_but_not_by_a_dead_one(run, scripts, tmp_path, tiny_model, train_file) -> None:

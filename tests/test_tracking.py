@@ -33,6 +33,10 @@ def count_step(tracker: Tracker, loss: torch.Tensor, norm: torch.Tensor, *batche
     tracker.count_step(loss, norm, lengths, list(batches), skipped)
 
 
+def evaluation_of(loss: float) -> Evaluation:
+    return Evaluation(loss, (loss - 0.1, loss + 0.1), loss / 3, (loss / 4, loss / 2), 1, 1, 1)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     return TrainConfig(output_dir=str(tmp_path))
@@ -94,11 +98,28 @@ def test_evaluations_without_a_new_best_are_counted(config: TrainConfig) -> None
         best = []
         for loss in (3.0, 2.0, 2.0, 2.5, 1.0):
             tracker.run.step += 1
-            best.append(tracker.log_evaluation(Evaluation(loss, tokens=1)))
+            best.append(tracker.log_evaluation(evaluation_of(loss)))
             if tracker.run.step == 4:
                 assert tracker.run.evaluations_since_best == 2
     assert best == [True, True, False, False, True]
     assert (tracker.run.best_loss, tracker.run.best_step, tracker.run.evaluations_since_best) == (1.0, 5, 0)
+
+
+@pytest.mark.parametrize(("keeps_best", "shown"), [(True, 2.0), (False, 2.5)])
+def test_the_results_tell_of_before_and_after(config: TrainConfig, keeps_best: bool, shown: float) -> None:
+    config.load_best_model_at_end = keeps_best
+    with tracker_of(config, 9, 9) as tracker:
+        assert not tracker.log_evaluation(evaluation_of(1.5)), "it is none of those that compete"
+        for loss in (2.0, 2.5):
+            tracker.run.step += 1
+            tracker.log_evaluation(evaluation_of(loss))
+    resumed = Tracker(config, RunState(**tracker.state_for_checkpoint()), 9, 9, SHAPE, 5.0, 1e6, CPU, World())
+    results = resumed.results()
+    assert (results["eval_loss_before"], results["eval_loss"]) == (1.5, shown)
+    assert results["perplexity_before"] == math.exp(1.5)
+    assert results["bits_per_byte_interval"] == [shown / 4, shown / 2]
+    assert results["perplexity_before_interval"] == pytest.approx([math.exp(1.4), math.exp(1.6)])
+    assert tracker.run.evaluations_since_best == 1
 
 
 def test_json_has_no_word_for_nan(tmp_path: Path) -> None:

@@ -219,13 +219,21 @@ class TestOutputs:
             assert state.best_metric == min(e["eval_loss"] for e in state.log_history if "eval_loss" in e)
 
     def test_results_agree_with_the_history(self, finished) -> None:
-        folder, _ = finished
+        folder = finished[0]
         results = json.loads((folder / "all_results.json").read_text())
         best = min(entry["eval_loss"] for entry in history(folder) if "eval_loss" in entry)
         assert results["eval_loss"] == best
         assert results["test_loss"] == pytest.approx(best, rel=1e-6)  # the same file, by the model that was kept
         assert results["perplexity"] == pytest.approx(torch.tensor(best).exp().item(), rel=1e-5)
         assert results["epoch"] == 3
+        before = history(folder)[0]
+        assert before["step"] == 0
+        for name in ("eval_loss", "perplexity", "bits_per_byte"):
+            low, high = results[f"{name}_interval"]
+            assert low < results[name] < high
+            assert results[f"{name}_before"] == before[f"eval_{name.removeprefix('eval_')}"] > results[name]
+            assert f"{name}_before" in finished[1].out
+        assert results["test_bits_per_byte_interval"] == pytest.approx(results["bits_per_byte_interval"], rel=1e-5)
         assert results["train_samples_per_second"] == pytest.approx(3 * 48 / results["train_runtime"])
 
     def test_tensorboard_has_the_same_figures(self, finished) -> None:
@@ -272,7 +280,11 @@ class TestBestModel:
         )  # fmt: skip
         result = run("train.py", *words)
         assert result.code == 0, result.err
-        losses = {entry["step"]: entry["eval_loss"] for entry in history(tmp_path / "run") if "eval_loss" in entry}
+        losses = {
+            entry["step"]: entry["eval_loss"]
+            for entry in history(tmp_path / "run")
+            if "eval_loss" in entry and entry["step"] > 0
+        }
         best = min(losses, key=losses.__getitem__)
         assert best < 8, "the learning rate was meant to be harmful"
         kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
@@ -292,6 +304,22 @@ class TestBestModel:
         assert result.code == 0, result.err
         assert history(tmp_path / "run")[-1]["step"] == 6  # best at 2, nothing better at 4 and 6
         assert "stopped early" in result.out
+
+
+# The script as it is, but slow in its second step, so that a signal surely comes in a step.
+SLOW = f"""
+import pathlib, runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from emoft.tracking import Tracker
+count_step = Tracker.count_step
+def slow(self, *arguments, **keywords):
+    count_step(self, *arguments, **keywords)
+    if self.run.step == 2:
+        pathlib.Path("reached").touch()
+        time.sleep(1)
+Tracker.count_step = slow
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
 
 
 class TestResume:
@@ -329,8 +357,9 @@ class TestResume:
         self, scripts: WarmScripts, undisturbed, tiny_model, train_file, validation_file, tmp_path, number, code
     ) -> None:
         words = flags(tiny_model, train_file, validation_file=validation_file, **self.SETTINGS)
-        (pid,) = scripts.start("train.py", *words, cwd=tmp_path)
-        while not list(tmp_path.glob("run/runs/*")):  # the loop is about to begin
+        (tmp_path / "slow.py").write_text(SLOW)
+        (pid,) = scripts.start(str(tmp_path / "slow.py"), *words, cwd=tmp_path)
+        while not (tmp_path / "reached").exists():
             time.sleep(0.01)
         os.kill(pid, number)
         result = scripts.finish()

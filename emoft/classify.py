@@ -1,0 +1,227 @@
+"""The language model as its own classifier: of all emotions, the one under which it finds a text likeliest.
+
+By Bayes' rule p(label | text) is proportional to p(text | label) p(label). The model gives p(text | label): the product
+of the probabilities of the tokens that follow the label in the filled template. The label's own tokens do not count,
+lest a label of one token win over one of three; nor does what stands between label and text. Where a token holds the
+template's last character and the text's first, as " i" in "joy: i feel" does, it counts. So does end-of-text, where the
+format appends it: whether a text ends here may depend on the emotion. Without a class prior all labels are taken for
+equally frequent. If the template names the label after the text, the text's tokens are the same for all labels, and
+p(label | text) is read from the label on, prior included.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
+
+from emoft.batching import split_loader
+from emoft.bootstrap import Interval, intervals
+from emoft.data import most_characters
+from emoft.distributed import World
+from emoft.errors import warn
+from emoft.evaluate import score_examples
+from emoft.precision import Precision
+from emoft.signals import StopSignals
+from emoft.template import TextFormat
+
+PAIRS = 6_000  # of a text and a label, tokenized at a time
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How often the likeliest label is the right one, with 95 % intervals of a bootstrap over examples.
+
+    macro_f1 is the mean of the F1 scores of all labels that occur, in truth or prediction: rare emotions weigh as much
+    as frequent ones.
+    """
+
+    labels: list[str]
+    cells: np.ndarray  # (N,) int64, true label x number of labels + predicted label
+    accuracy: float
+    accuracy_interval: Interval
+    macro_f1: float
+    macro_f1_interval: Interval
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """(L, L) int64: texts by true label (rows) and predicted label (columns)."""
+        size = len(self.labels)
+        return np.bincount(self.cells, minlength=size**2).reshape(size, size)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures by name, each with its interval beside it, as [low, high]."""
+        return {
+            "emotion_accuracy": self.accuracy,
+            "emotion_accuracy_interval": list(self.accuracy_interval),
+            "macro_f1": self.macro_f1,
+            "macro_f1_interval": list(self.macro_f1_interval),
+        }
+
+    def table(self) -> str:
+        """Return the confusion matrix as text: a row for each true label, a column for each predicted one."""
+        first = max(map(len, ["true \\ predicted", *self.labels]))
+        widths = [max(len(label), 6) for label in self.labels]
+        lines = [("true \\ predicted", self.labels), *zip(self.labels, self.confusion.tolist(), strict=True)]
+        return "\n".join(
+            f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+            for name, cells in lines
+        )
+
+
+def conditioned_rows(
+    tokenizer: GPT2Tokenizer, text_format: TextFormat, texts: Sequence[str], ended: Sequence[bool] | None = None
+) -> Dataset:
+    """Return the rows whose losses `label_scores` compares: each text under each label, labels changing fastest.
+
+    A row is "input_ids", and "first_target", the place of the first token that counts. A text that is too long is cut
+    to the same tokens under all labels: a long label must not spare its text the last words.
+
+    Args:
+        tokenizer: the model's.
+        text_format: its template and labels.
+        texts: N of them.
+        ended: (N,) whether end-of-text follows; all or none by the format, if not given.
+    """
+    end = [tokenizer.eos_token_id]
+    most = most_characters(tokenizer, text_format.max_length)
+    ids: list[list[int]] = []
+    firsts: list[int] = []
+    pairs = [(text, label) for text in texts for label in text_format.labels]
+    for start in range(0, len(pairs), PAIRS):
+        part = pairs[start : start + PAIRS]
+        encoded = tokenizer(
+            [text_format.fill(*pair)[:most] for pair in part], add_special_tokens=False, split_special_tokens=True,
+            return_attention_mask=False, return_offsets_mapping=True, verbose=False,
+        )  # fmt: skip
+        ids += encoded["input_ids"]
+        for pair, offsets in zip(part, encoded["offset_mapping"], strict=True):
+            place = text_format.conditioned_from(*pair)
+            firsts.append(max(1, next((n for n, (_, stop) in enumerate(offsets) if stop > place), len(offsets))))
+    size = len(text_format.labels)
+    for number in range(len(texts)):
+        ends = text_format.append_eos if ended is None else ended[number]
+        group = range(number * size, (number + 1) * size)
+        room = max(0, text_format.max_length - max(firsts[row] for row in group))
+        for row in group:
+            ids[row] = (ids[row] + end * ends)[: firsts[row] + room]
+    return Dataset.from_dict({"input_ids": ids, "first_target": firsts})
+
+
+def label_scores(
+    model: GPT2LMHeadModel,
+    tokenizer: GPT2Tokenizer,
+    text_format: TextFormat,
+    texts: Sequence[str],
+    precision: Precision,
+    world: World,
+    batch_size: int,
+    ended: Sequence[bool] | None = None,
+    signals: StopSignals | None = None,
+) -> np.ndarray | None:
+    """Return log p(text | label) in nats for each text and label, (N, L) float64; None if a signal ended it.
+
+    Args:
+        model: with packed attention, in either mode.
+        tokenizer: the model's.
+        text_format: its template and labels.
+        texts: N of them.
+        precision: of the matrix products.
+        world: all ranks, each of which scores its share.
+        batch_size: filled templates computed at once.
+        ended: see `conditioned_rows`.
+        signals: if one was received, this ends at the next batch.
+    """
+    rows = conditioned_rows(tokenizer, text_format, texts, ended)
+    loader = split_loader(rows, batch_size, tokenizer.eos_token_id, precision.device, "packed", world)
+    scores = score_examples(model, loader, precision, world, signals=signals, description="Classifying")
+    return None if scores is None else -scores.nats.reshape(len(texts), len(text_format.labels))
+
+
+def log_prior(labels: Sequence[str], text_format: TextFormat) -> np.ndarray:
+    """Return the log of each label's share among those of a train split, (L,); one more of each, so that none is 0."""
+    counts = np.array([1 + sum(label == each for each in labels) for label in text_format.labels])
+    return np.log(counts / counts.sum())
+
+
+def classify(
+    model: GPT2LMHeadModel,
+    tokenizer: GPT2Tokenizer,
+    text_format: TextFormat,
+    rows: Dataset,
+    precision: Precision,
+    world: World,
+    batch_size: int,
+    prior: np.ndarray | None = None,
+    signals: StopSignals | None = None,
+) -> Classification | None:
+    """Classify the texts of a split and compare with their labels.
+
+    Texts whose label the model does not know are left out, with a warning.
+
+    Args:
+        model: see `label_scores`.
+        tokenizer: the model's.
+        text_format: its template and labels.
+        rows: with the string columns "text" and "label".
+        precision: of the matrix products.
+        world: all ranks, each of which scores its share.
+        batch_size: filled templates computed at once.
+        prior: (L,) of `log_prior`; none: all labels are equally frequent.
+        signals: if one was received, this ends at the next batch.
+
+    Returns:
+        The result; None if a signal ended it, or if no label is known.
+    """
+    texts, labels = list(rows["text"]), list(rows["label"])
+    known = {label: number for number, label in enumerate(text_format.labels)}
+    if unknown := sorted(set(labels) - set(known)):
+        warn(f"{sum(label not in known for label in labels)} texts have labels that the model does not know"
+             f" ({', '.join(unknown[:5])}): they are not classified")  # fmt: skip
+        texts = [text for text, label in zip(texts, labels, strict=True) if label in known]
+        labels = [label for label in labels if label in known]
+    if not texts:
+        return None
+    scores = label_scores(model, tokenizer, text_format, texts, precision, world, batch_size, signals=signals)
+    if scores is None:
+        return None
+    predicted = (scores if prior is None else scores + prior).argmax(1)
+    return compare(text_format.labels, np.array([known[label] for label in labels]), predicted)
+
+
+def compare(labels: list[str], true: np.ndarray, predicted: np.ndarray) -> Classification:
+    """Return the result of predictions.
+
+    Args:
+        labels: L names.
+        true: (N,) numbers of labels.
+        predicted: (N,) likewise.
+    """
+    size = len(labels)
+    cells = true * size + predicted
+
+    def statistics(drawn: np.ndarray) -> list[np.ndarray]:
+        resamples = len(drawn)
+        places = cells[drawn] + np.arange(resamples)[:, None] * size**2
+        confusion = np.bincount(places.ravel(), minlength=resamples * size**2).reshape(resamples, size, size)
+        return [_accuracy(confusion), _macro_f1(confusion)]
+
+    accuracy, macro_f1 = (float(each[0]) for each in statistics(np.arange(len(cells))[None]))
+    accuracy_interval, f1_interval = intervals(statistics, len(cells))
+    return Classification(labels, cells, accuracy, accuracy_interval, macro_f1, f1_interval)
+
+
+def _accuracy(confusion: np.ndarray) -> np.ndarray:
+    """(R, L, L) -> (R,)."""
+    return confusion.trace(axis1=1, axis2=2) / confusion.sum((1, 2))
+
+
+def _macro_f1(confusion: np.ndarray) -> np.ndarray:
+    """(R, L, L) -> (R,): of each label F1 = 2 right / (true + predicted), the mean over labels that occur."""
+    right = confusion.diagonal(axis1=1, axis2=2)
+    total = confusion.sum(1) + confusion.sum(2)
+    f1 = np.divide(2 * right, total, out=np.full(total.shape, math.nan), where=total > 0)
+    return np.nanmean(f1, axis=1)
