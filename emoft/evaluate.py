@@ -197,3 +197,10 @@ def format_figures(figures: dict[str, Any]) -> str:
         beside = f"  [{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""
         lines.append(f"{name:{width}}  {value:,.4f}{beside}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from emoft import errors
+    from emoft.assessment import main
+
+    errors.run(main)
