@@ -1,5 +1,7 @@
 """How fast a training step is, beside transformers.Trainer and the machine's own limit: `python -m emoft.benchmark`.
 
+Generation, beside transformers' pipeline, is measured in emoft/generation_benchmark.py.
+
 Each contender trains in a process of its own. They take turns of a few steps, so that a machine whose speed drifts
 drifts for all of them, and the limit is measured in the same turns.
 """
@@ -9,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -52,14 +55,18 @@ class BenchmarkConfig:
     model_name_or_path: str = option("", "a GPT-2 to train (empty: GPT-2 small with random weights)")
     train_file: str = option("", "texts to train on, as for train.py (empty: drawn token ids of real texts' lengths)")
     delimiter: str = option("", "as for train.py")
-    compare: Literal["trainer", "gradients"] = option(
-        "trainer", "emoft with Trainer and the machine's limit, or with itself: what --log_gradients_every costs"
+    compare: Literal["trainer", "gradients", "generation"] = option(
+        "trainer",
+        "a step of emoft with Trainer and the machine's limit, or with itself: what --log_gradients_every costs;"
+        " or generation with transformers' pipeline",
     )
     batch_sizes: list[int] = field(default_factory=lambda: [4, 16], metadata={"help": "examples in a step"})
     turns: Count = option(5, "turns of each contender, after one to warm up")
     steps: Count = option(5, "training steps in a turn")
     warmup_steps: Count = option(10, "training steps before the first turn")
     max_length: Length = option(64, "longest text in tokens")
+    prompts: Count = option(64, "with generation: prompts in a turn")
+    max_new_tokens: Count = option(32, "with generation: longest continuation in tokens")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "of emoft and the tuned Trainer, as for train.py"
     )
@@ -240,11 +247,16 @@ def run_trainer(pipe: Connection, config: BenchmarkConfig, train_config: TrainCo
     trainer.train()
 
 
-def run_contender(kind: str, pipe: Connection, config: BenchmarkConfig, train_config: TrainConfig, log: Path) -> None:
-    """Be a contender, in a process of its own; what it prints goes into a file."""
+def run_logged(log: Path, run: Callable[..., None], *arguments: Any) -> None:
+    """Run in a process of its own; what it prints goes into a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    run(*arguments)
+
+
+def run_training(pipe: Connection, kind: str, config: BenchmarkConfig, train_config: TrainConfig) -> None:
+    """Be a contender that trains."""
     if kind in (TUTORIAL, TUNED, FLATTENED):
         run_trainer(pipe, config, train_config, kind)
     else:
@@ -252,22 +264,14 @@ def run_contender(kind: str, pipe: Connection, config: BenchmarkConfig, train_co
 
 
 class Contender:
-    """The benchmark's side of a contender."""
+    """The benchmark's side of a contender, which runs `run(pipe, *arguments)`."""
 
-    def __init__(self, kind: str, config: BenchmarkConfig, batch_size: int, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, run: Callable[..., None], *arguments: Any) -> None:
         self.kind = kind
         self.log = folder / f"{kind}.log"
-        train_config = TrainConfig(
-            model_name_or_path=config.model_name_or_path, train_file=config.train_file, delimiter=config.delimiter,
-            max_length=config.max_length, per_device_train_batch_size=batch_size, num_train_epochs=1000, save_steps=0,
-            mixed_precision=config.mixed_precision, torch_compile=config.torch_compile, seed=config.seed,
-            use_cpu=config.use_cpu, output_dir=str(folder / kind),
-        )  # fmt: skip
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=run_contender, args=(kind, theirs, config, train_config, self.log), daemon=True
-        )
+        self.process = context.Process(target=run_logged, args=(self.log, run, theirs, *arguments), daemon=True)
         self.process.start()
         theirs.close()
         self.seconds: list[float] = []
@@ -286,6 +290,11 @@ class Contender:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
             raise errors.UserError(f"{self.kind} ended: {lines[-1] if lines else 'without a word'}") from None
+
+    def count(self, seconds: float, peak: int | None) -> None:
+        """Add what a turn took."""
+        self.seconds.append(seconds)
+        self.peak = max(filter(None, (self.peak, peak)), default=None)
 
     def stop(self) -> None:
         """End the process, at once: asked to stop, a training would finish its step first, which is not its turn."""
@@ -318,7 +327,18 @@ def take_turns(
     """Let all contenders take turns at one batch size; the machine is measured after each round."""
     precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
     with tempfile.TemporaryDirectory() as folder:
-        contenders = [Contender(kind, config, batch_size, Path(folder)) for kind in CONTENDERS[config.compare]]
+        train_config = TrainConfig(
+            model_name_or_path=config.model_name_or_path, train_file=config.train_file, delimiter=config.delimiter,
+            max_length=config.max_length, per_device_train_batch_size=batch_size, num_train_epochs=1000, save_steps=0,
+            mixed_precision=config.mixed_precision, torch_compile=config.torch_compile, seed=config.seed,
+            use_cpu=config.use_cpu,
+        )  # fmt: skip
+        contenders = [
+            Contender(
+                kind, Path(folder), run_training, kind, config, replace(train_config, output_dir=f"{folder}/{kind}")
+            )
+            for kind in CONTENDERS[config.compare]
+        ]
         machines = []
         try:
             for turn in range(config.turns + 1):
@@ -326,8 +346,7 @@ def take_turns(
                     bar.set_postfix_str(f"batch {batch_size}, {contender.kind}")
                     result = contender.turn()
                     if turn > 0:  # the first turn is to warm up
-                        contender.seconds.append(result["seconds"] / config.steps)
-                        contender.peak = max(filter(None, (contender.peak, result["peak"])), default=None)
+                        contender.count(result["seconds"] / config.steps, result["peak"])
                     bar.update()
                 machines.append(Machine(measure_flops(precision), measure_bandwidth(precision)))
         finally:
@@ -459,13 +478,23 @@ def main() -> int:
     config = parse_config(BenchmarkConfig)
     if min(config.batch_sizes, default=0) < 1:
         raise errors.UserError("--batch_sizes must be whole numbers of at least 1, as in --batch_sizes 4 16")
-    if find_spec("accelerate") is None:
+    if config.compare != "generation" and find_spec("accelerate") is None:
         raise errors.UserError("Trainer, the other side, needs the package accelerate: run pip install accelerate")
-    if not Path("train.py").is_file():
+    if config.compare != "generation" and not Path("train.py").is_file():
         raise errors.UserError("the benchmark runs train.py: start it in the folder that holds train.py")
     device = choose_device(config.use_cpu)
     precision = Precision(config.mixed_precision, device)
     machine = f"{describe_machine(device)}, {precision.name}, torch {torch.__version__}"
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if config.compare == "generation":
+        from emoft.generation_benchmark import compare_generation
+
+        table, generation = compare_generation(config)
+        report = {"machine": machine, "config": asdict(config), "rows": generation}
+        write_json(output_dir / "benchmark.json", report)
+        print(f"{machine}\n\n{table}\n\nsaved in {output_dir}")
+        return 0
     rows: list[Row] = []
     costs: list[dict[str, float]] = []
     machines: list[Machine] = []
@@ -480,8 +509,6 @@ def main() -> int:
                 costs.append(compare_with_itself(batch_size, contenders))
     best = Machine(max(m.flops for m in machines), max(m.bandwidth for m in machines))
     rates = f"{best.flops / 1e12:.2f} TFLOP/s and {best.bandwidth / 1e9:.0f} GB/s measured"
-    output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_json(
         output_dir / "benchmark.json",
         {
