@@ -195,7 +195,8 @@ def format_figures(figures: dict[str, Any]) -> str:
     for name, value in numbers.items():
         interval = figures.get(f"{name}_interval")
         beside = f"  [{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""
-        lines.append(f"{name:{width}}  {value:,.4f}{beside}")
+        number = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+        lines.append(f"{name:{width}}  {number}{beside}")
     return "\n".join(lines)
 
 
