@@ -125,7 +125,8 @@ def score_examples(
 
     Args:
         model: in either mode; dropout is off meanwhile.
-        loader: of `build_loader`, over all examples of its data set.
+        loader: of `build_loader`. Examples of its data set that are in none of its batches get 0, so that the sum of
+            the scores of several processes, each with a part of the batches, is that of all.
         precision: of the run.
         byte_lengths: (V,) int64, the bytes that each token stands for, of `model.byte_lengths`; none to count none.
         signals: if one was received, this ends at the next batch.
@@ -140,26 +141,25 @@ def score_examples(
     if byte_lengths is None:
         byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     byte_lengths = byte_lengths.to(device)
-    parts = []
-    for batch in tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True):
+    sums = torch.zeros(3, len(loader.dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
+    bar = tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True)
+    for batch, examples in zip(bar, loader.batch_sampler or (), strict=True):
         if signals and signals.received:
             break
-        owners = batch.owners().flatten()[batch.predicting].to(device)  # (K,) the example of each target
+        owners = batch.owners().flatten()[batch.predicting].clamp(min=0)  # what has no owner is no target
+        owners = torch.tensor(examples)[owners].to(device)  # (K,) the example of each target
         batch = batch.to(device)
         with precision.autocast():
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
             losses = target_cross_entropies(hidden, model.lm_head.weight, batch.predicting, batch.targets)  # (K,)
         is_target = batch.targets >= 0
         values = torch.stack([losses.double(), is_target, byte_lengths[batch.targets.clamp(min=0)] * is_target])
-        sums = torch.zeros(3, batch.examples, dtype=torch.float64, device=device)
-        parts.append(sums.index_add_(1, owners.clamp(min=0), values))  # those without an owner are no targets
+        sums.index_add_(1, owners, values)
     model.train(was_training)
     if signals and signals.received:
         return None
-    sums = torch.cat(parts, dim=1)
-    in_order = np.empty(sums.shape)
-    in_order[:, np.concatenate(list(loader.batch_sampler))] = sums.cpu().numpy()  # type: ignore[arg-type]
-    return Scores(in_order[0], in_order[1].astype(np.int64), in_order[2].astype(np.int64))
+    nats, tokens, text_bytes = sums.cpu().numpy()
+    return Scores(nats, tokens.astype(np.int64), text_bytes.astype(np.int64))
 
 
 def summarize(scores: Scores, overlap: np.ndarray | None = None) -> Evaluation:
