@@ -1,5 +1,7 @@
 """How fast a training step is, beside transformers.Trainer and the machine's own limit: `python -m emoft.benchmark`.
 
+Generation, beside transformers' pipeline, is measured in emoft/generation_benchmark.py.
+
 Each contender trains in a process of its own. They take turns of a few steps, so that a machine whose speed drifts
 drifts for all of them, and the limit is measured in the same turns.
 """
@@ -9,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -59,9 +62,10 @@ class BenchmarkConfig:
     model_name_or_path: str = option("", "a GPT-2 to train (empty: GPT-2 small with random weights)")
     train_file: str = option("", "texts to train on, as for train.py (empty: drawn token ids of real texts' lengths)")
     delimiter: str = option("", "as for train.py")
-    compare: Literal["trainer", "gradients", "processes"] = option(
+    compare: Literal["trainer", "gradients", "processes", "generation"] = option(
         "trainer",
-        "emoft with Trainer and the machine's limit, or itself: what --log_gradients_every costs, or how it scales",
+        "a step of emoft with Trainer and the machine's limit, or with itself: what --log_gradients_every costs, or how"
+        " it scales; or generation with transformers' pipeline",
     )
     processes: Count = option(2, "with --compare processes: how many of a thread or GPU each, as torchrun starts them")
     link_gbit: Positive = option(10.0, "with it: gigabits a second of the link between hosts that the model assumes")
@@ -70,6 +74,8 @@ class BenchmarkConfig:
     steps: Count = option(5, "training steps in a turn")
     warmup_steps: Count = option(10, "training steps before the first turn")
     max_length: Length = option(64, "longest text in tokens")
+    prompts: Count = option(64, "with generation: prompts in a turn")
+    max_new_tokens: Count = option(32, "with generation: longest continuation in tokens")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "of emoft and the tuned Trainer, as for train.py"
     )
@@ -258,19 +264,19 @@ def run_trainer(pipe: Connection, config: BenchmarkConfig, train_config: TrainCo
     trainer.train()
 
 
-def run_contender(
-    kind: str,
-    rank: dict[str, str],
-    pipe: Connection | None,
-    config: BenchmarkConfig,
-    train_config: TrainConfig,
-    log: Path,
+def run_logged(
+    log: Path, rank: dict[str, str], run: Callable[..., None], pipe: Connection | None, *arguments: Any
 ) -> None:
-    """Be a contender, or a rank of one, in a process of its own; what it prints goes into a file."""
+    """Run in a process of its own, as a rank if it is told so; what it prints goes into a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(rank)
+    run(pipe, *arguments)
+
+
+def run_training(pipe: Connection | None, kind: str, config: BenchmarkConfig, train_config: TrainConfig) -> None:
+    """Be a contender that trains, or a rank of one."""
     if pipe and kind in (TUTORIAL, TUNED, FLATTENED):
         run_trainer(pipe, config, train_config, kind)
     else:
@@ -278,22 +284,16 @@ def run_contender(
 
 
 class Contender:
-    """The benchmark's side of a contender."""
+    """The benchmark's side of a contender, which runs `run(pipe, *arguments)`."""
 
-    def __init__(self, kind: str, config: BenchmarkConfig, batch_size: int, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, run: Callable[..., None], *arguments: Any, processes: int = 1) -> None:
         self.kind = kind
         self.log = folder / f"{kind}.log"
-        train_config = TrainConfig(
-            model_name_or_path=config.model_name_or_path, train_file=config.train_file, delimiter=config.delimiter,
-            max_length=config.max_length, per_device_train_batch_size=batch_size, num_train_epochs=1000, save_steps=0,
-            mixed_precision=config.mixed_precision, torch_compile=config.torch_compile, seed=config.seed,
-            use_cpu=config.use_cpu, output_dir=str(folder / kind),
-        )  # fmt: skip
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        ranks = rank_environments(config.processes) if kind == TOGETHER else [{}]
+        ranks = rank_environments(processes) if processes > 1 else [{}]
         self.processes = [
-            context.Process(target=run_contender, args=(kind, rank, pipe, config, train_config, self.log), daemon=True)
+            context.Process(target=run_logged, args=(self.log, rank, run, pipe, *arguments), daemon=True)
             for rank, pipe in zip(ranks, [theirs, *[None] * (len(ranks) - 1)], strict=True)
         ]
         for process in self.processes:
@@ -315,6 +315,11 @@ class Contender:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
             raise errors.UserError(f"{self.kind} ended: {lines[-1] if lines else 'without a word'}") from None
+
+    def count(self, seconds: float, peak: int | None) -> None:
+        """Add what a turn took."""
+        self.seconds.append(seconds)
+        self.peak = max(filter(None, (self.peak, peak)), default=None)
 
     def stop(self) -> None:
         """End the process, at once: asked to stop, a training would finish its step first, which is not its turn."""
@@ -349,7 +354,24 @@ def take_turns(
     """Let all contenders take turns at one batch size; the machine is measured after each round."""
     precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
     with tempfile.TemporaryDirectory() as folder:
-        contenders = [Contender(kind, config, batch_size, Path(folder)) for kind in CONTENDERS[config.compare]]
+        train_config = TrainConfig(
+            model_name_or_path=config.model_name_or_path, train_file=config.train_file, delimiter=config.delimiter,
+            max_length=config.max_length, per_device_train_batch_size=batch_size, num_train_epochs=1000, save_steps=0,
+            mixed_precision=config.mixed_precision, torch_compile=config.torch_compile, seed=config.seed,
+            use_cpu=config.use_cpu,
+        )  # fmt: skip
+        contenders = [
+            Contender(
+                kind,
+                Path(folder),
+                run_training,
+                kind,
+                config,
+                replace(train_config, output_dir=f"{folder}/{kind}"),
+                processes=config.processes if kind == TOGETHER else 1,
+            )  # fmt: skip
+            for kind in CONTENDERS[config.compare]
+        ]
         machines = []
         try:
             for turn in range(config.turns + 1):
@@ -357,8 +379,7 @@ def take_turns(
                     bar.set_postfix_str(f"batch {batch_size}, {contender.kind}")
                     result = contender.turn()
                     if turn > 0:  # the first turn is to warm up
-                        contender.seconds.append(result["seconds"] / config.steps)
-                        contender.peak = max(filter(None, (contender.peak, result["peak"])), default=None)
+                        contender.count(result["seconds"] / config.steps, result["peak"])
                     bar.update()
                 machines.append(Machine(measure_flops(precision), measure_bandwidth(precision)))
         finally:
@@ -490,13 +511,23 @@ def main() -> int:
     config = parse_config(BenchmarkConfig)
     if min(config.batch_sizes, default=0) < 1:
         raise errors.UserError("--batch_sizes must be whole numbers of at least 1, as in --batch_sizes 4 16")
-    if find_spec("accelerate") is None:
+    if config.compare != "generation" and find_spec("accelerate") is None:
         raise errors.UserError("Trainer, the other side, needs the package accelerate: run pip install accelerate")
-    if not Path("train.py").is_file():
+    if config.compare != "generation" and not Path("train.py").is_file():
         raise errors.UserError("the benchmark runs train.py: start it in the folder that holds train.py")
     device = choose_device(config.use_cpu)
     precision = Precision(config.mixed_precision, device)
     machine = f"{describe_machine(device)}, {precision.name}, torch {torch.__version__}"
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if config.compare == "generation":
+        from emoft.generation_benchmark import compare_generation
+
+        table, generation = compare_generation(config)
+        report = {"machine": machine, "config": asdict(config), "rows": generation}
+        write_json(output_dir / "benchmark.json", report)
+        print(f"{machine}\n\n{table}\n\nsaved in {output_dir}")
+        return 0
     rows: list[Row] = []
     costs: list[dict[str, float]] = []
     scaling: list[dict[str, float]] = []
@@ -515,8 +546,6 @@ def main() -> int:
                 scaling.append(compare_processes(batch_size, config.processes, *seconds))
     best = Machine(max(m.flops for m in machines), max(m.bandwidth for m in machines))
     rates = f"{best.flops / 1e12:.2f} TFLOP/s and {best.bandwidth / 1e9:.0f} GB/s measured"
-    output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_json(
         output_dir / "benchmark.json",
         {

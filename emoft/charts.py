@@ -96,6 +96,8 @@ reads the same figures and says in words what is wrong.
 | `--learning_rate`, `--template` |
 | | | `eval/loss` rises while `train/loss` falls: it learns the texts by heart | fewer epochs, \
 `--early_stopping_patience` |
+| `eval/emotion_accuracy`, `IMAGES: confusion` | a bright diagonal | a row is bright elsewhere: that emotion is taken \
+for another | more examples of it, `--num_train_epochs` |
 | `train/label_alignment` | 1 | below 1: labels are shifted by none, or twice | the code that shifts them |
 | `gradient_norm/hNN` | all blocks within a factor of 100, steady | falls towards h00: vanishing; grows: exploding \
 | `--warmup_steps`, a smaller `--learning_rate` |

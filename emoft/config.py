@@ -175,6 +175,55 @@ class GenerateConfig:
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 
 
+@dataclass
+class EvaluateConfig:
+    """The flags of emoft.evaluate."""
+
+    model_name_or_path: str = option("gpt2-emotion-finetuned", "a folder that train.py wrote, or a GPT-2 on the Hub")
+
+    # Data
+    dataset_name: str = option("dair-ai/emotion", "a data set on the Hub or in a folder; test_file goes before it")
+    dataset_config_name: str = option(
+        "", "the configuration of dataset_name (empty: its only one; split of dair-ai/emotion)"
+    )
+    split: str = option("test", "the split of dataset_name to evaluate on")
+    test_file: str = option("", "a file to evaluate on, of the kinds that train.py reads")
+    train_file: str = option(
+        "",
+        "what the model was trained on: tells copies, counts labels, and fits the independent classifier",
+    )
+    delimiter: str = option("", "as for train.py")
+    column_names: list[str] = field(default_factory=list, metadata={"help": "as for train.py"})
+    text_column: str = option("text", "the column that holds the messages")
+    label_column: str = option("label", "the column that holds the emotions; read only if the template has {label}")
+    template: str = option("", "the text of an example (empty: the one saved with the model)")
+    append_eos: bool | None = option(None, "end each text with end-of-text (not given: as the model was trained)")
+    max_length: Annotated[int, Check(lambda value: value == 0 or value >= 2, "must be 0 or at least 2")] = option(
+        0, "longest text in tokens, end-of-text included; the rest is cut (0: as the model was trained)"
+    )
+    max_eval_samples: CountOrOff = option(0, "evaluate on the first so many examples (0: all)")
+
+    # Emotions
+    use_class_prior: bool = option(False, "weigh each emotion by its share of the train split when classifying")
+    generate: CountOrOff = option(0, "sample so many texts for each emotion, and tell how good they are (0: off)")
+    temperature: Positive = option(1.0, "of these texts: below 1 safer, above 1 wilder")
+    top_k: CountOrOff = option(50, "of these texts: draw from the so many likeliest tokens (0: all)")
+    top_p: Annotated[float, Check(lambda value: 0 < value <= 1, "must be above 0 and at most 1")] = option(
+        1.0, "of these texts: draw from the likeliest tokens that hold this probability together"
+    )
+    no_repeat_ngram_size: CountOrOff = option(2, "of these texts: no sequence of so many tokens occurs twice (0: off)")
+    seed: Seed = option(42, "of these texts")
+
+    # Output and speed
+    json: bool = option(False, "print one JSON object, each number with its 95 % interval beside it")
+    output_dir: str = option("", "write evaluation.json, confusion.png and samples.jsonl there (empty: nothing)")
+    per_device_eval_batch_size: Count = option(32, "texts computed at once")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "no", "as for train.py; no gives the same figures on every machine"
+    )
+    use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
+
+
 Config = TypeVar("Config", bound="DataclassInstance")
 
 

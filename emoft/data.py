@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from tqdm import tqdm
 from transformers import GPT2Tokenizer
 
 from emoft import hub
-from emoft.config import INPUT_FILES, TrainConfig
+from emoft.config import INPUT_FILES, EvaluateConfig, TrainConfig
 from emoft.errors import UserError, warn
 from emoft.template import TextFormat
 
+DataConfig = TrainConfig | EvaluateConfig
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's 131,072 characters; it is cut to max_length
 JSON_ROW = 'write {"text": ...} for each example, one a line or all in one list'
@@ -45,7 +47,7 @@ def read_splits(config: TrainConfig) -> tuple[dict[str, Dataset], TextFormat]:
     elif any(sources.values()):
         raise UserError("--validation_file and --test_file need --train_file beside them: name the file to train on")
     else:
-        raw = _read_hub(config)
+        raw = _read_hub(config, "train", ("train", "validation"))
         sources = {split: f"{config.dataset_name} split {split}" for split in raw}
     splits = {split: _clean(rows, sources[split], config, with_label) for split, rows in raw.items()}
     if with_label:
@@ -58,7 +60,41 @@ def read_splits(config: TrainConfig) -> tuple[dict[str, Dataset], TextFormat]:
     return splits, text_format
 
 
-def _read_file(config: TrainConfig, flag: str, name: str) -> Dataset:
+def read_evaluation_splits(config: EvaluateConfig, text_format: TextFormat) -> tuple[dict[str, Dataset], TextFormat]:
+    """Read and check what a saved model is evaluated on.
+
+    Args:
+        config: names it.
+        text_format: the model's; its labels are taken from the data if it has none.
+
+    Returns:
+        The split "test" and, if it can be had, "train", as of `read_splits`; and the format with labels.
+
+    Raises:
+        UserError: data that are missing or cannot be used, with the file and the row.
+    """
+    raw: dict[str, Dataset] = {}
+    sources = {"train": config.train_file, "test": config.test_file}
+    if config.train_file:
+        raw["train"] = _read_file(config, "--train_file", config.train_file)
+    if config.test_file:
+        raw["test"] = _read_file(config, "--test_file", config.test_file)
+    else:
+        found = _read_hub(config, config.split, ("train", config.split))
+        sources |= {split: f"{config.dataset_name} split {split}" for split in ("train", "test") if split not in raw}
+        raw["test"] = found[config.split]
+        if "train" in found and "train" not in raw and config.split != "train":
+            raw["train"] = found["train"]
+    splits = {split: _clean(rows, sources[split], config, text_format.has_label) for split, rows in raw.items()}
+    if text_format.has_label and not text_format.labels:
+        names = sorted({label for rows in splits.values() for label in rows.unique("label")})
+        text_format = replace(text_format, labels=names)
+    if config.max_eval_samples:
+        splits["test"] = splits["test"].select(range(min(config.max_eval_samples, len(splits["test"]))))
+    return splits, text_format
+
+
+def _read_file(config: DataConfig, flag: str, name: str) -> Dataset:
     path = Path(name).expanduser()
     ending = path.suffix.lower()
     if path.is_dir():
@@ -134,11 +170,11 @@ def _check_json(path: Path) -> None:
         raise UserError(f"{path} line {place}: {getattr(error, 'msg', error)}; {JSON_ROW}") from None
 
 
-def _delimiter(path: Path, config: TrainConfig) -> str:
+def _delimiter(path: Path, config: DataConfig) -> str:
     return config.delimiter or {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower(), "")
 
 
-def _columns(path: Path, config: TrainConfig) -> list[str]:
+def _columns(path: Path, config: DataConfig) -> list[str]:
     """Return the names of the columns of a .csv, .tsv or .txt file."""
     if path.suffix.lower() == ".txt":
         return [config.text_column, config.label_column] if config.delimiter else [config.text_column]
@@ -184,7 +220,8 @@ def _rows(
         raise UserError(f"{path} holds no example, only the names of columns: it needs at least one")
 
 
-def _read_hub(config: TrainConfig) -> dict[str, Dataset]:
+def _read_hub(config: DataConfig, needed: str, wanted: tuple[str, ...]) -> dict[str, Dataset]:
+    """Return those of the wanted splits that there are; one of them is needed."""
     name = config.dataset_name
     if not name:
         raise UserError("no data: give --train_file or --dataset_name, or try --config demo")
@@ -203,12 +240,12 @@ def _read_hub(config: TrainConfig) -> dict[str, Dataset]:
                 f"--dataset_name {name} cannot be read ({error}): put data files such as train.csv into it"
             ) from None
         raise hub.not_found(name, "data set", "dataset_name", error) from None
-    if "train" not in found:
-        raise UserError(f"--dataset_name {name} has no split train, only {', '.join(found)}: choose another")
-    return {split: found[split] for split in ("train", "validation") if split in found}
+    if needed not in found:
+        raise UserError(f"--dataset_name {name} has no split {needed}, only {', '.join(found)}: choose another")
+    return {split: found[split] for split in wanted if split in found}
 
 
-def _clean(rows: Dataset, where: str, config: TrainConfig, with_label: bool) -> Dataset:
+def _clean(rows: Dataset, where: str, config: DataConfig, with_label: bool) -> Dataset:
     """Reduce a split to the string columns "text" and "label", without the rows in which one is null or blank."""
     if len(rows) == 0:
         raise UserError(f"{where} holds no example: it needs at least one")

@@ -85,12 +85,13 @@ def _similar(first: list[str], second: list[str]) -> bool:
     return shared >= SIMILARITY * (len(first) + len(second) - shared)
 
 
-def mark_duplicates(splits: dict[str, Dataset], drop: bool) -> dict[str, Dataset]:
+def mark_duplicates(splits: dict[str, Dataset], drop: bool, quiet: bool = False) -> dict[str, Dataset]:
     """Report duplicates in one line, and mark the texts of other splits that the train split holds too.
 
     Args:
         splits: "train" and others, with the column "text".
         drop: leave out of train the later copies, and the texts that another split holds too.
+        quiet: only mark them.
 
     Returns:
         The splits; those other than "train" with the column `IN_TRAIN`, which is False throughout after dropping.
@@ -110,7 +111,7 @@ def mark_duplicates(splits: dict[str, Dataset], drop: bool) -> dict[str, Dataset
             dropped |= find_matches(list(splits[name]["text"]), [train])[1][0].any
         kept["train"] = splits["train"].select(np.flatnonzero(~dropped))
         told.append(f"dropped {dropped.sum():,} of {len(train):,} from train")
-    if told:
+    if told and not quiet:
         print(f"duplicates: {', '.join(told)}" + ("" if drop else "; --drop_duplicates leaves them out of train"))
     for name, matches in zip(others, in_others, strict=True):
         kept[name] = splits[name].add_column(IN_TRAIN, matches.any & (not drop))

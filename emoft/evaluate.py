@@ -145,27 +145,24 @@ def score_examples(
     if byte_lengths is None:
         byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     byte_lengths = byte_lengths.to(device)
-    parts = []
-    for batch in tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True):
+    sums = torch.zeros(3, len(loader.dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
+    bar = tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True)
+    for batch, examples in zip(bar, loader.batch_sampler or (), strict=True):
         if signals and signals.poll():
             break
-        owners = batch.owners().flatten()[batch.predicting].to(device)  # (K,) the example of each target
+        owners = batch.owners().flatten()[batch.predicting].clamp(min=0)  # what has no owner is no target
+        owners = torch.tensor(examples, dtype=torch.int64)[owners].to(device)  # (K,) the example of each target
         batch = batch.to(device)
         with precision.autocast():
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
             losses = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)  # (K,)
         is_target = batch.targets >= 0
         values = torch.stack([losses.double(), is_target, byte_lengths[batch.targets.clamp(min=0)] * is_target])
-        sums = torch.zeros(3, batch.examples, dtype=torch.float64, device=device)
-        parts.append(sums.index_add_(1, owners.clamp(min=0), values))  # those without an owner are no targets
+        sums.index_add_(1, owners, values)
     model.train(was_training)
     if signals and signals.received:
         return None
-    indices: Any = loader.batch_sampler
-    places = torch.tensor([index for batch in indices for index in batch], dtype=torch.int64)
-    of_all = torch.zeros(3, len(loader.dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
-    of_all[:, places.to(device)] = torch.cat(parts, dim=1)  # other ranks' examples are left 0
-    nats, tokens, text_bytes = world.sum(of_all).cpu().numpy()
+    nats, tokens, text_bytes = world.sum(sums).cpu().numpy()
     return Scores(nats, tokens.astype(np.int64), text_bytes.astype(np.int64))
 
 
@@ -202,5 +199,13 @@ def format_figures(figures: dict[str, Any]) -> str:
     for name, value in numbers.items():
         interval = figures.get(f"{name}_interval")
         beside = f"  [{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""
-        lines.append(f"{name:{width}}  {value:,.4f}{beside}")
+        number = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+        lines.append(f"{name:{width}}  {number}{beside}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from emoft import errors
+    from emoft.assessment import main
+
+    errors.run(main)

@@ -78,6 +78,13 @@ class TextFormat:
                 raise UserError(f"no emotion {label!r} in this model: choose from {', '.join(self.labels)}")
         return (before.format(label=label) + text).rstrip()
 
+    def extract(self, filled: str, label: str = "") -> str:
+        """Return the text in a filled template that may have ended early."""
+        before, _, after = self.template.partition("{text}")
+        before, after = before.format(label=label), after.format(label=label)
+        text = filled.removeprefix(before) if filled.startswith(before) else filled.removeprefix(before.rstrip())
+        return (text.partition(after)[0] if after.strip() else text).strip()
+
     def save(self, folder: Path) -> None:
         """Write the format beside a saved model."""
         content = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)

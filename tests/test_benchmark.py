@@ -9,6 +9,7 @@ from conftest import ROOT
 from transformers import GPT2LMHeadModel
 
 from emoft.benchmark import EMOFT, FLATTENED, TUNED, TUTORIAL, draw_lengths
+from emoft.generation_benchmark import PIPELINE
 
 
 def test_drawn_lengths_are_those_of_the_real_messages() -> None:
@@ -58,6 +59,20 @@ def test_what_measuring_gradients_costs(tiny_model: Path, tmp_path: Path) -> Non
     assert cost["every_step"] > 0.05, "of so small a model it costs more than a step: else nothing was measured"
     assert cost["every_100_steps"] == pytest.approx(cost["every_step"] / 100)
     assert "at every 100th step |" in result.stdout
+
+
+def test_generation_beside_the_pipeline(tiny_model: Path, tmp_path: Path) -> None:
+    result = run(
+        tmp_path, "--compare", "generation", "--model_name_or_path", tiny_model, "--prompts", 24, "--turns", 2,
+        "--max_new_tokens", 12, "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    pipeline, ours = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert (pipeline["contender"], pipeline["to_pipeline"]) == (PIPELINE, 1)
+    assert ours["prompts_per_second"] == pytest.approx(24 / ours["seconds"])
+    assert ours["to_pipeline"] == pytest.approx(pipeline["seconds"] / ours["seconds"])
+    assert ours["to_pipeline"] > 3, "24 prompts at once"
+    assert "| emoft, by its defaults |" in result.stdout
 
 
 def test_a_contender_that_fails_says_why(tiny_model: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import screenshots
 from conftest import WarmScripts
 from test_train import flags
 
-from emoft.charts import GROUPS, LAYOUT, TAGS, VIRIDIS, heat_map
+from emoft.charts import GROUPS, LAYOUT, TAGS, VIRIDIS, confusion_map, heat_map
 
 
 def test_the_heat_map_shows_the_norm_of_each_block_at_each_step() -> None:
@@ -36,6 +36,22 @@ def test_the_heat_map_of_any_size(blocks: int, steps: int) -> None:
     assert picture.ndim == 3
     assert picture.shape[1] <= 1100
     assert picture.shape[0] <= 700
+
+
+def test_the_confusion_matrix_is_colored_by_the_share_of_the_true_label() -> None:
+    counts = np.array([[8, 0, 0], [5, 5, 0], [0, 0, 0]])
+    picture = confusion_map(["joy", "fear", "surprise"], counts)
+    assert picture.dtype == np.uint8
+    cell = 84 if picture.shape[0] == 84 + 3 * 84 + 16 else (picture.shape[0] - 100) // 3
+    left = picture.shape[1] - 16 - 3 * cell
+
+    def color(row: int, column: int) -> tuple[int, ...]:
+        return tuple(picture[84 + row * cell + 4, left + column * cell + 4])  # a corner, beside the count
+
+    assert color(0, 0) == VIRIDIS[-1]
+    assert color(1, 0) == color(1, 1) == VIRIDIS[4]
+    assert color(0, 1) == color(1, 2) == color(2, 2) == VIRIDIS[0], "a label without texts has shares of 0"
+    assert confusion_map(["x" * 30] * 20, np.eye(20, dtype=int)).ndim == 3
 
 
 class TestInTensorBoard:

@@ -3,6 +3,7 @@ import random
 
 import numpy as np
 import pytest
+from conftest import read_scalars
 from datasets import Dataset
 from test_train import flags
 
@@ -86,6 +87,11 @@ def test_a_run_states_its_evaluation_with_and_without_them(run, tiny_model, tmp_
     assert low <= results["eval_loss_without_overlap"] <= high
     assert results["emotion_accuracy_interval"][0] <= results["emotion_accuracy"] <= 1
     assert "eval_loss_without_overlap" in result.out
+    curves = read_scalars(tmp_path / "run")
+    assert curves["eval/emotion_accuracy"] == {2: pytest.approx(results["emotion_accuracy"])}
+    assert curves["eval/loss"][0] == pytest.approx(results["eval_loss_before"])
+    assert curves["eval/bits_per_byte"][2] == pytest.approx(results["bits_per_byte"])
+    assert curves["eval/loss_without_overlap"][2] == pytest.approx(results["eval_loss_without_overlap"])
     resumed = run("train.py", *words, "--resume_from_checkpoint=latest", "--drop_duplicates")
     assert resumed.code == 2
     assert "--drop_duplicates False, not True" in resumed.error_lines[-1]

@@ -75,6 +75,19 @@ def test_scores_stand_in_the_order_of_the_data(parts, batching: str) -> None:
         assert (together.tokens[number], together.text_bytes[number]) == (alone.tokens[0], alone.text_bytes[0])
 
 
+def test_the_scores_of_parts_add_up(parts) -> None:
+    model, tokenizer, lengths, rows = parts
+    data = Dataset.from_dict({"input_ids": rows})
+    batches = length_sorted_batches(data, 3)
+    whole = result_scores(parts)
+    shares = [
+        score_examples(model, build_loader(data, part, tokenizer.eos_token_id, CPU, "packed"), FLOAT32, lengths)
+        for part in (batches[::2], batches[1::2], [])
+    ]
+    for name in ("nats", "tokens", "text_bytes"):
+        assert np.array_equal(sum(getattr(share, name) for share in shares), getattr(whole, name))
+
+
 def test_bits_per_byte_of_a_text_of_three_bytes_by_hand() -> None:
     """A Khmer letter, three tokens of a byte each: the first is no target, and end-of-text stands for no byte."""
     tokenizer = train_tokenizer(["any"], 257)

@@ -5,7 +5,7 @@ import re
 from conftest import ROOT
 
 from emoft.benchmark import BenchmarkConfig
-from emoft.config import GenerateConfig, TrainConfig
+from emoft.config import EvaluateConfig, GenerateConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -19,7 +19,7 @@ def test_the_pointers_into_the_code_are_at_their_places() -> None:
 
 
 def test_every_flag_it_names_exists() -> None:
-    configs = (TrainConfig, GenerateConfig, BenchmarkConfig)
+    configs = (TrainConfig, GenerateConfig, EvaluateConfig, BenchmarkConfig)
     known = {"config", "help"}.union(*(config.__dataclass_fields__ for config in configs))
     known |= {f"no_{name}" for name in known}
     others = {"logdir", "samples_per_plugin"}  # of tensorboard

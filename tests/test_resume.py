@@ -300,7 +300,7 @@ def test_a_second_run_is_kept_out_but_not_by_a_dead_one(run, scripts, tmp_path, 
     os.kill(process, signal.SIGKILL)
     scripts.finish()
     words = flags(tiny_model, train_file, max_steps=100_000, save_steps=5, resume_from_checkpoint="latest")
-    process = other.start("train.py", *words, cwd=tmp_path)
+    (process,) = other.start("train.py", *words, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while "resuming from" not in other.files["stdout"].read_text():
         assert time.monotonic() < deadline
