@@ -70,7 +70,7 @@ class BenchmarkConfig:
     processes: Count = option(2, "with --compare processes: how many of a thread or GPU each, as torchrun starts them")
     link_gbit: Positive = option(10.0, "with it: gigabits a second of the link between hosts that the model assumes")
     batch_sizes: list[int] = field(default_factory=lambda: [4, 16], metadata={"help": "examples in a step"})
-    turns: Count = option(5, "turns of each contender, after one to warm up")
+    turns: Count = option(5, "turns of each contender, after some warming up")
     steps: Count = option(5, "training steps in a turn")
     warmup_steps: Count = option(10, "training steps before the first turn")
     max_length: Length = option(64, "longest text in tokens")

@@ -167,7 +167,7 @@ class GenerateConfig:
     )
     num_return_sequences: Count = option(1, "results for each prompt")
     seed: Seed = option(42, "of the random draws")
-    batch_size: Count = option(32, "texts generated at once, which bounds the memory")
+    batch_size: Count = option(64, "texts generated at once, which bounds the memory")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "as for train.py, but no for few texts on a CPU; no gives a prompt the same text beside any other"
     )

@@ -27,6 +27,7 @@ from emoft.sampling import choose_generation_precision, generate_all
 
 PIPELINE, EMOFT = "pipeline, by its defaults", "emoft, by its defaults"
 SENTENCE = "i feel that this day was like no other before it and still like all of them"
+WARMUP_PROMPTS = 2
 TEMPERATURE, TOP_K = 0.7, 50  # the pipeline's
 
 
@@ -64,6 +65,7 @@ def run_generation(pipe: Connection, kind: str, config: BenchmarkConfig) -> None
     model, tokenizer = load(config.model_name_or_path, config.seed)
     prompts = draw_prompts(config.prompts, config.seed)
     generate = (_by_pipeline if kind == PIPELINE else _by_emoft)(model, tokenizer, device, config)
+    generate(prompts[:WARMUP_PROMPTS])
     while True:
         pipe.recv()
         reset_peak_memory(device)
@@ -105,14 +107,12 @@ def compare_generation(config: BenchmarkConfig) -> tuple[str, list[dict[str, obj
     with tempfile.TemporaryDirectory() as folder:
         contenders = [Contender(kind, Path(folder), run_generation, kind, config) for kind in (PIPELINE, EMOFT)]
         try:
-            with tqdm(total=(config.turns + 1) * len(contenders), unit="turn", dynamic_ncols=True) as bar:
-                for turn in range(config.turns + 1):
-                    for contender in contenders:
-                        bar.set_postfix_str(contender.kind)
-                        result = contender.turn()
-                        if turn > 0:  # the first turn is to warm up
-                            contender.count(result["seconds"], result["peak"])
-                        bar.update()
+            with tqdm(total=config.turns * len(contenders), unit="turn", dynamic_ncols=True) as bar:
+                for contender in contenders * config.turns:
+                    bar.set_postfix_str(contender.kind)
+                    result = contender.turn()
+                    contender.count(result["seconds"], result["peak"])
+                    bar.update()
         finally:
             for contender in contenders:
                 contender.stop()

@@ -45,7 +45,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def generate(run: Callable[..., Result], folder: Path) -> Callable[..., Result]:
     def generate_with(*words: object, **env: str) -> Result:
-        result = run("generate.py", "--model_name_or_path", folder, "--mixed_precision=no", *words, **env)
+        result = run("generate.py", "--model_name_or_path", folder, *words, **env)
         assert result.code == 0, result.err
         return result
 
@@ -123,8 +123,7 @@ class TestInteractive:
         expected = generate("--prompt", "i feel").out.strip()
         terminal, theirs = pty.openpty()
         process = subprocess.Popen(
-            [sys.executable, ROOT / "generate.py", "--model_name_or_path", folder, "--interactive",
-             "--mixed_precision=no"],
+            [sys.executable, ROOT / "generate.py", "--model_name_or_path", folder, "--interactive"],
             stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, env={**os.environ, **environment(tmp_path)},
         )  # fmt: skip
         os.close(theirs)

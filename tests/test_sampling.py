@@ -5,11 +5,12 @@ import torch
 from transformers import GPT2LMHeadModel, GPT2Tokenizer, NoRepeatNGramLogitsProcessor
 
 from emoft.errors import UserError
-from emoft.precision import Precision
+from emoft.precision import Precision, choose_precision
 from emoft.sampling import (
     NoRepeatNGram,
     TerminalStreamer,
     check_prompts,
+    choose_generation_precision,
     encode_prompt,
     generate_all,
     generate_batch,
@@ -147,6 +148,12 @@ def test_each_prompt_gets_together_what_it_gets_alone(
     assert together == alone
     assert any(result.finished for result in alone) and not all(result.finished for result in alone)
     assert len({result.new_tokens for result in alone}) > 5
+
+
+def test_a_cpu_computes_few_texts_in_float32() -> None:
+    assert choose_generation_precision("auto", CPU, 15).name == "no"
+    assert choose_generation_precision("auto", CPU, 16).name == choose_precision(CPU)
+    assert choose_generation_precision("bf16", CPU, 1).name == "bf16"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
