@@ -6,6 +6,7 @@ Each contender trains in a process of its own. They take turns of a few steps, s
 drifts for all of them, and the limit is measured in the same turns.
 """
 
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -178,6 +179,7 @@ class NoMonitor:
     def _nothing(self, *arguments: object) -> None: ...
 
     begin_step = before_update = after_update = _nothing
+    listening = contextlib.nullcontext
 
 
 def run_emoft(pipe: Connection | None, config: BenchmarkConfig, train_config: TrainConfig, kind: str) -> None:

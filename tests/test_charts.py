@@ -89,7 +89,7 @@ class TestInTensorBoard:
     def test_curves_have_descriptions_and_a_resumed_one_no_overlap(self, address: str) -> None:
         tags = self.get(f"{address}/data/plugin/scalars/tags")
         assert set(tags) == {"a/runs", "b/runs"}, "one run each: no second one for HParams"
-        names = {tag for tag, _ in TAGS.values()} - {"train/loss_scale", "train/skipped_steps"}  # of fp16
+        names = {tag for tag, _ in TAGS.values()} - {"train/loss_scale", "train/skipped_steps", "train/label_contrast"}
         assert names <= set(tags["a/runs"])
         for tag in tags["a/runs"]:
             assert tags["a/runs"][tag]["description"], tag
@@ -116,7 +116,7 @@ class TestInTensorBoard:
         (guide,) = self.get(f"{address}/data/plugin/text/text?run=a%2Fruns&tag=guide%2Ftext_summary")
         assert "<table>" in guide["text"]
         images = self.get(f"{address}/data/plugin/images/tags")["a/runs"]
-        assert set(images) == {"gradient_norm_by_block"}
+        assert set(images) == {"gradient_norm_by_block", "confusion"}
         histograms = self.get(f"{address}/data/plugin/histograms/tags")["a/runs"]
         assert {f"{kind}/{name}" for kind in ("weights", "gradients") for name in ("h00", "h01", "wte")} == set(
             histograms

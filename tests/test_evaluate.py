@@ -81,7 +81,9 @@ def test_the_scores_of_parts_add_up(parts) -> None:
     batches = length_sorted_batches(data, 3)
     whole = result_scores(parts)
     shares = [
-        score_examples(model, build_loader(data, part, tokenizer.eos_token_id, CPU, "packed"), FLOAT32, lengths)
+        score_examples(
+            model, build_loader(data, part, tokenizer.eos_token_id, CPU, "packed"), FLOAT32, World(), lengths
+        )
         for part in (batches[::2], batches[1::2], [])
     ]
     for name in ("nats", "tokens", "text_bytes"):
