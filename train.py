@@ -114,6 +114,11 @@ def train(
     if not can_evaluate and (config.eval_steps or config.early_stopping_patience):
         raise errors.UserError("--eval_steps and --early_stopping_patience need data to evaluate on: --validation_file")
 
+    wrong_labels = None
+    if config.label_contrast:
+        wrong_labels = WrongLabels(tokenizer, text_format, config.contrast_labels, config.seed)
+        wrong_labels.rivals(list(islice(train_data, 1000)), epoch=0)  # does the template allow it?
+
     steps_per_epoch = math.ceil(len(train_data) / step_size)
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
 
@@ -207,7 +212,6 @@ def train(
     )
 
     # ---- The loop ---------------------------------------------------------------------------------------------------
-    wrong_labels = WrongLabels(tokenizer, text_format, config.seed) if config.label_contrast else None
     done = run.step >= total_steps  # a resumed run may have only its end to write
     stopped_early = save_failed = False
     monitor = GradientMonitor(model, optimizer, config.log_gradients_every, world)
@@ -372,11 +376,12 @@ def train(
 
 def resume_command(config: TrainConfig, world: World) -> str:
     """Return the command that continues a run that was stopped."""
-    start = ["torchrun", f"--nproc_per_node={world.size}"] if world.launched else ["python"]
     words = [word for word in sys.argv if word != "--overwrite_output_dir"]
     if config.resume_from_checkpoint != "latest":
         words += ["--resume_from_checkpoint", "latest"]  # of a flag given twice the last one counts
-    return shlex.join([*start, *words])
+    if world.hosts > 1:
+        return f"torchrun (with its options, on each host) {shlex.join(words)}"
+    return shlex.join([*(["torchrun", f"--nproc_per_node={world.size}"] if world.launched else ["python"]), *words])
 
 
 def not_finite_error(fault: Fault, run: RunState, saved_in: Path | None, output_dir: Path) -> errors.UserError:

@@ -70,7 +70,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.generate and not text_format.has_label:
         raise UserError(
             f"--generate {config.generate} needs a template with {{label}}, and the model's is"
-            f" {text_format.template!r}: train with one, such as --config demo"
+            f" {text_format.template!r}: train with one, such as --config conditional"
         )
     splits, text_format = read_evaluation_splits(config, text_format)
     if config.use_class_prior and not (text_format.has_label and "train" in splits):

@@ -30,7 +30,7 @@ class Batch:
     targets: Tensor  # (K,) int64: the token each of them has to predict; IGNORED where K was filled up
     lengths: tuple[int, ...]  # tokens of each example
     target_tokens: int  # of them, those that are predicted: all but the first of each example, if it names no other
-    rivals: int = 0  # examples at the end that are the others under wrong labels: see `emoft.contrast`
+    rivals: int = 0  # examples at the end that are those before under wrong labels: see `emoft.contrast`
 
     @property
     def examples(self) -> int:
@@ -215,7 +215,7 @@ def build_loader(
         pad_id: of the token that fills up.
         device: decides to which multiple.
         batching: "packed" or "padded".
-        rivals: gives to each of some rows another one that follows them in the batch; see `emoft.contrast`.
+        rivals: gives, for some rows, others that follow them in the batch; see `emoft.contrast`.
     """
 
     def collate(rows: list[dict[str, Any]]) -> Batch:

@@ -20,7 +20,7 @@ TAGS = {
     "clipped_share": ("train/clipped_share", "Share of the steps since the last entry whose gradient was clipped."),
     "label_contrast": (
         "train/label_contrast",
-        "Nats with which a text's label is told from a wrong one (--label_contrast); guessing costs 0.69.",
+        "Nats with which a text's label is told from wrong ones (--label_contrast); guessing among four costs 1.39.",
     ),
     "learning_rate": ("train/learning_rate", "AdamW's learning rate in this step."),
     "loss_scale": ("train/loss_scale", "fp16 only: what the loss is multiplied by before backward."),

@@ -102,7 +102,10 @@ class TrainConfig:
     adam_beta2: Share = option(0.999, "AdamW's decay of the mean of squared gradients")
     adam_epsilon: Positive = option(1e-8, "AdamW's term against division by zero")
     label_contrast: NotNegative = option(
-        0.0, "weight of telling each text's label from a wrong one by its likelihood: twice the work of a step (0: off)"
+        0.0, "weight of telling each text's label from wrong ones by the likelihood of the text under each (0: off)"
+    )
+    contrast_labels: Count = option(
+        3, "with label_contrast: wrong labels tried for each text and step, each as much work as the text itself"
     )
     max_grad_norm: NotNegative = option(1.0, "clip the gradient to this norm (0: off)")
     seed: Seed = option(42, "of the weights of a fresh model, the order of the data, dropout and samples")

@@ -38,6 +38,7 @@ class World:
     size: int = 1  # how many there are
     local_rank: int = 0  # of this process, on its host
     launched: bool = False  # by torchrun
+    hosts: int = 1  # on which torchrun was started
     restarts: int = 0  # of the run, by torchrun, after a failure
 
     @staticmethod
@@ -46,7 +47,9 @@ class World:
         if "LOCAL_RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return World()
         rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return World(rank, size, local_rank, True, restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        return World(rank, size, local_rank, True, hosts, restarts)
 
     @property
     def is_main(self) -> bool:

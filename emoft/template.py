@@ -67,7 +67,7 @@ class TextFormat:
             if not self.has_label:
                 raise UserError(
                     f"the model was trained with the template {self.template!r}, which names no emotion: give --prompt"
-                    " instead of --emotion, or train with a template that has {label}, such as --config demo"
+                    " instead of --emotion, or train with a template that has {label}, such as --config conditional"
                 )
             if "{label}" in after:
                 raise UserError(

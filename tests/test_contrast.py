@@ -32,31 +32,34 @@ def rows(tokenizer) -> list[dict[str, list[int]]]:
     return [{"input_ids": ids} for ids in encode(tokenizer, [FORMAT.fill(*each) for each in SENTENCES], FORMAT)]
 
 
-def test_rivals_are_the_texts_under_another_label_by_seed_epoch_and_text_alone(tokenizer, rows) -> None:
-    wrong = WrongLabels(tokenizer, FORMAT, seed=7)
+def test_rivals_are_the_texts_under_other_labels_by_seed_epoch_and_text_alone(tokenizer, rows) -> None:
+    wrong = WrongLabels(tokenizer, FORMAT, 3, seed=7)
     rivals = wrong.rivals(rows, epoch=0)
-    for (text, label), rival in zip(SENTENCES, rivals, strict=True):
-        other, _, rest = tokenizer.decode(rival["input_ids"]).partition(": ")
-        assert rest == f"{text}<|endoftext|>"
-        assert other in LABELS
-        assert other != label
-    assert wrong.rivals(rows[3:4], epoch=0) == rivals[3:4], "whatever stands beside it"
+    assert len(rivals) == 3 * len(rows)
+    for n, (text, label) in enumerate(SENTENCES):
+        parts = [tokenizer.decode(each["input_ids"]).partition(": ") for each in rivals[n :: len(rows)]]
+        assert {rest for _, _, rest in parts} == {f"{text}<|endoftext|>"}
+        assert len({other for other, _, _ in parts}) == 3, "different ones"
+        assert {other for other, _, _ in parts} <= {*LABELS} - {label}
+    assert wrong.rivals(rows[3:4], epoch=0) == rivals[3 :: len(rows)], "whatever stands beside it"
     assert wrong.rivals(rows, epoch=1) != rivals
-    assert WrongLabels(tokenizer, FORMAT, seed=8).rivals(rows, epoch=0) != rivals
+    assert WrongLabels(tokenizer, FORMAT, 3, seed=8).rivals(rows, epoch=0) != rivals
+    assert len(WrongLabels(tokenizer, FORMAT, 99, seed=7).rivals(rows, epoch=0)) == 5 * len(rows), "all there are"
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("lay_out", [pack, pad])
-def test_losses_and_gradients_are_the_formulas(still_model, tokenizer, rows, lay_out) -> None:
+def test_losses_and_gradients_are_the_formulas(still_model, tokenizer, rows, lay_out, count) -> None:
     model = GPT2LMHeadModel.from_pretrained(still_model).double()
-    rivals = WrongLabels(tokenizer, FORMAT, seed=7).rivals(rows, epoch=0)
+    rivals = WrongLabels(tokenizer, FORMAT, count, seed=7).rivals(rows, epoch=0)
 
     def nats(row: dict[str, list[int]]) -> torch.Tensor:
         ids = torch.tensor([row["input_ids"]])
         return F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
 
-    true, wrong = (torch.stack([nats(row) for row in part]) for part in (rows, rivals))
-    chosen = torch.stack([-true, -wrong]).softmax(0)[0]
-    expected = true.sum(), -chosen.log().sum()
+    true, *wrong = torch.stack([nats(row) for row in rows + rivals]).split(len(rows))
+    share = (-true).exp() / ((-true).exp() + sum((-each).exp() for each in wrong))
+    expected = true.sum(), -share.log().sum()
     (expected[0] + 0.3 * expected[1]).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -75,11 +78,11 @@ def test_losses_and_gradients_are_the_formulas(still_model, tokenizer, rows, lay
 
 def test_what_cannot_be_contrasted_is_refused(tokenizer, rows) -> None:
     with pytest.raises(UserError, match="at least two labels"):
-        WrongLabels(tokenizer, TextFormat("{text}"), seed=7)
+        WrongLabels(tokenizer, TextFormat("{text}"), 3, seed=7)
     with pytest.raises(UserError, match="before"):
-        WrongLabels(tokenizer, TextFormat("{text} ({label})", True, 64, LABELS), seed=7)
+        WrongLabels(tokenizer, TextFormat("{text} ({label})", True, 64, LABELS), 3, seed=7)
     with pytest.raises(UserError, match="holds both"):
-        WrongLabels(tokenizer, FORMAT, seed=7).rivals([{"input_ids": [5, 5, 5]}], epoch=0)
+        WrongLabels(tokenizer, FORMAT, 3, seed=7).rivals([{"input_ids": [5, 5, 5]}], epoch=0)
 
 
 def test_through_the_script_on_one_rank_and_on_two(

@@ -75,6 +75,7 @@ FLAGS = [
     (["--model_name_or_path=./nowhere"], ["--model_name_or_path ./nowhere", "no such folder"]),
     (["--model_name_or_path=good.csv"], ["good.csv", "folder"]),
     (["--tokenizer_name=./nowhere"], ["--tokenizer_name ./nowhere", "no such folder"]),
+    (["--label_contrast=0.2"], ["--label_contrast", "{label}"]),
 ]
 
 
