@@ -1,6 +1,7 @@
 """How fast a training step is, beside transformers.Trainer and the machine's own limit: `python -m emoft.benchmark`.
 
-Generation, beside transformers' pipeline, is measured in emoft/generation_benchmark.py.
+Generation, beside transformers' pipeline, is measured in emoft/generation_benchmark.py, and classification, beside an
+evaluation, in emoft/classification_benchmark.py.
 
 Each contender trains in a process of its own. They take turns of a few steps, so that a machine whose speed drifts
 drifts for all of them, and the limit is measured in the same turns.
@@ -63,10 +64,10 @@ class BenchmarkConfig:
     model_name_or_path: str = option("", "a GPT-2 to train (empty: GPT-2 small with random weights)")
     train_file: str = option("", "texts to train on, as for train.py (empty: drawn token ids of real texts' lengths)")
     delimiter: str = option("", "as for train.py")
-    compare: Literal["trainer", "gradients", "processes", "generation"] = option(
+    compare: Literal["trainer", "gradients", "processes", "generation", "classification"] = option(
         "trainer",
         "a step of emoft with Trainer and the machine's limit, or with itself: what --log_gradients_every costs, or how"
-        " it scales; or generation with transformers' pipeline",
+        " it scales; or generation with transformers' pipeline; or classification with evaluation",
     )
     processes: Count = option(2, "with --compare processes: how many of a thread or GPU each, as torchrun starts them")
     link_gbit: Positive = option(10.0, "with it: gigabits a second of the link between hosts that the model assumes")
@@ -75,7 +76,7 @@ class BenchmarkConfig:
     steps: Count = option(5, "training steps in a turn")
     warmup_steps: Count = option(10, "training steps before the first turn")
     max_length: Length = option(64, "longest text in tokens")
-    prompts: Count = option(64, "with generation: prompts in a turn")
+    prompts: Count = option(64, "with generation: prompts in a turn; with classification: texts")
     max_new_tokens: Count = option(32, "with generation: longest continuation in tokens")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "of emoft and the tuned Trainer, as for train.py"
@@ -513,20 +514,23 @@ def main() -> int:
     config = parse_config(BenchmarkConfig)
     if min(config.batch_sizes, default=0) < 1:
         raise errors.UserError("--batch_sizes must be whole numbers of at least 1, as in --batch_sizes 4 16")
-    if config.compare != "generation" and find_spec("accelerate") is None:
+    trains = config.compare not in ("generation", "classification")
+    if trains and find_spec("accelerate") is None:
         raise errors.UserError("Trainer, the other side, needs the package accelerate: run pip install accelerate")
-    if config.compare != "generation" and not Path("train.py").is_file():
+    if trains and not Path("train.py").is_file():
         raise errors.UserError("the benchmark runs train.py: start it in the folder that holds train.py")
     device = choose_device(config.use_cpu)
     precision = Precision(config.mixed_precision, device)
     machine = f"{describe_machine(device)}, {precision.name}, torch {torch.__version__}"
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if config.compare == "generation":
+    if not trains:
+        from emoft.classification_benchmark import compare_classification
         from emoft.generation_benchmark import compare_generation
 
-        table, generation = compare_generation(config)
-        report = {"machine": machine, "config": asdict(config), "rows": generation}
+        compare = compare_generation if config.compare == "generation" else compare_classification
+        table, compared = compare(config)
+        report = {"machine": machine, "config": asdict(config), "rows": compared}
         write_json(output_dir / "benchmark.json", report)
         print(f"{machine}\n\n{table}\n\nsaved in {output_dir}")
         return 0

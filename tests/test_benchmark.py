@@ -75,6 +75,19 @@ def test_generation_beside_the_pipeline(tiny_model: Path, tmp_path: Path) -> Non
     assert "| emoft, by its defaults |" in result.stdout
 
 
+def test_classification_beside_an_evaluation(tiny_model: Path, tmp_path: Path) -> None:
+    result = run(
+        tmp_path, "--compare", "classification", "--model_name_or_path", tiny_model, "--prompts", 24, "--turns", 3,
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    evaluation, classification = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert (evaluation["contender"], evaluation["to_evaluation"]) == ("evaluation of 144 texts", 1)
+    assert classification["contender"] == "classification of 24 texts by 6 labels"
+    assert 0 < classification["to_evaluation"] < 6, "6 would be an evaluation for each label"
+    assert "| evaluation of 144 texts |" in result.stdout
+
+
 def test_a_contender_that_fails_says_why(tiny_model: Path, tmp_path: Path) -> None:
     """A model that the emoft side refuses: its positions are fewer than the longest text."""
     short = tmp_path / "short"

@@ -1,0 +1,83 @@
+"""What it costs to classify by the language model: `python -m emoft.benchmark --compare classification`.
+
+N texts under each of six labels hold as many tokens as 6 N texts have that are evaluated, and should take as long. Both
+include filling in the template and tokenizing.
+"""
+
+import statistics
+import time
+
+from datasets import Dataset
+from tqdm import tqdm
+
+from emoft.attention import use_packed_attention
+from emoft.batching import split_loader
+from emoft.benchmark import BenchmarkConfig, draw_lengths
+from emoft.classify import classify
+from emoft.config import TrainConfig
+from emoft.data import encode
+from emoft.distributed import World
+from emoft.evaluate import evaluate
+from emoft.generation_benchmark import SENTENCE, load
+from emoft.kernels import use_fast_kernels
+from emoft.machine import synchronize
+from emoft.model import byte_lengths
+from emoft.precision import Precision, choose_device
+from emoft.template import TextFormat
+
+LABELS = list("abcdef")  # of one token each
+
+
+def draw_texts(count: int, max_length: int, seed: int) -> list[str]:
+    """Return texts of as many bytes as messages have tokens: with the tokenizer of bytes, of as many tokens."""
+    return [(SENTENCE * 8)[start % len(SENTENCE) :][: max(1, length - len("a: "))].strip() or "i"
+            for start, length in enumerate(draw_lengths(count, max_length, seed))]  # fmt: skip
+
+
+def compare_classification(config: BenchmarkConfig) -> tuple[str, list[dict[str, object]]]:
+    """Let an evaluation and a classification take turns; return the table as Markdown, and its rows."""
+    precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
+    model, tokenizer = load(config.model_name_or_path, config.seed)
+    model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
+    use_packed_attention(model)
+    use_fast_kernels(model)
+    model.eval()
+    batch_size, world = TrainConfig.per_device_eval_batch_size, World()
+    text_format = TextFormat("{label}: {text}", True, config.max_length, LABELS)
+    texts = draw_texts(config.prompts, config.max_length, config.seed)
+    rows = Dataset.from_dict({"text": texts, "label": [LABELS[n % len(LABELS)] for n in range(len(texts))]})
+    token_bytes = byte_lengths(tokenizer, model.config.vocab_size)
+
+    def evaluation() -> None:
+        ids = encode(tokenizer, [text_format.fill(text, label) for label in LABELS for text in texts], text_format)
+        loader = split_loader(
+            Dataset.from_dict({"input_ids": ids}), batch_size, tokenizer.eos_token_id, precision.device, "packed", world
+        )
+        evaluate(model, loader, precision, world, token_bytes)
+
+    def classification() -> None:
+        classify(model, tokenizer, text_format, rows, precision, world, batch_size)
+
+    seconds: dict[str, list[float]] = {}
+    contenders = {
+        f"evaluation of {len(texts) * len(LABELS):,} texts": evaluation,
+        f"classification of {len(texts):,} texts by {len(LABELS)} labels": classification,
+    }
+    with tqdm(total=(config.turns + 1) * len(contenders), unit="turn", dynamic_ncols=True) as bar:
+        for turn in range(config.turns + 1):
+            for name, contender in contenders.items():
+                synchronize(precision.device)
+                started = time.perf_counter()
+                contender()
+                synchronize(precision.device)
+                if turn:  # the first one warms up
+                    seconds.setdefault(name, []).append(time.perf_counter() - started)
+                bar.update()
+    evaluated, classified = seconds.values()
+    ratios = [1.0, statistics.median(b / a for a, b in zip(evaluated, classified, strict=True))]
+    table: list[dict[str, object]] = []
+    lines = ["| pass | seconds | x evaluation |", "| --- | ---: | ---: |"]
+    for (name, times), ratio in zip(seconds.items(), ratios, strict=True):
+        table.append({"contender": name, "seconds": statistics.median(times), "to_evaluation": ratio})
+        lines.append(f"| {name} | {statistics.median(times):,.2f} | {ratio:.2f} |")
+    return "\n".join(lines), table
