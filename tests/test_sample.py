@@ -13,6 +13,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 SAMPLE = ROOT / "emoft" / "sample"
 EMOTIONS = {"sadness", "joy", "love", "anger", "fear", "surprise"}
+SAMPLES = (
+    400  # for each emotion: the share of one that is recognized has a standard deviation of 2 %, of 100 it had 4 %
+)
 
 
 def read(split: str) -> list[tuple[str, str]]:
@@ -84,12 +87,12 @@ class TestDemo:
     @pytest.fixture(scope="class")
     @classmethod
     def texts(cls, demo, scripts: WarmScripts) -> dict[str, list[dict]]:
-        """100 sampled texts for each emotion."""
+        """Sampled texts for each emotion."""
         results = {}
         for emotion in sorted(EMOTIONS):
             result = scripts(
                 "generate.py", "--model_name_or_path", demo[0], "--emotion", emotion, "--do_sample", "--json",
-                "--num_return_sequences", 100, cwd=demo[0],
+                "--num_return_sequences", SAMPLES, cwd=demo[0],
             )  # fmt: skip
             assert result.code == 0, result.err
             results[emotion] = [json.loads(line) for line in result.out.splitlines()]
@@ -112,18 +115,18 @@ class TestDemo:
 
     def test_stops_by_itself(self, texts) -> None:
         for emotion, results in texts.items():
-            assert len(results) == 100
-            assert sum(result["finished"] for result in results) >= 95, emotion
+            assert len(results) == SAMPLES
+            assert sum(result["finished"] for result in results) >= 0.95 * SAMPLES, emotion
 
     def test_writes_for_the_emotion(self, texts, classifier) -> None:
         validation, labels = zip(*read("validation"), strict=True)
         assert classifier.score(validation, labels) > 0.9, "the judge itself must know the emotions"
         recognized = {
-            emotion: int(
-                (classifier.predict([row["text"].removeprefix(f"{emotion}:") for row in rows]) == emotion).sum()
+            emotion: float(
+                (classifier.predict([row["text"].removeprefix(f"{emotion}:") for row in rows]) == emotion).mean()
             )
             for emotion, rows in texts.items()
         }
         # Rounding differs between processors, and with it the model: a single emotion moves by some texts.
-        assert sum(recognized.values()) >= 85 * len(recognized), recognized
-        assert min(recognized.values()) >= 75, recognized
+        assert sum(recognized.values()) >= 0.85 * len(recognized), recognized
+        assert min(recognized.values()) >= 0.75, recognized
