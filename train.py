@@ -8,8 +8,6 @@ import dataclasses
 import functools
 import logging
 import math
-import shlex
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain, islice
@@ -23,43 +21,31 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft import errors
 from emoft.attention import use_packed_attention
-from emoft.batching import build_loader, epoch_batches, split_loader, target_tokens, token_lengths
-from emoft.checkpoint import (
-    SaveError,
-    capture_state,
-    check_data,
-    damage,
-    examples_per_step,
-    export,
-    find_checkpoint,
-    load_state,
-    locked,
-    prepare_output_dir,
-    remove_old_checkpoints,
-    restore_state,
-    save_checkpoint,
-)
+from emoft.batching import build_loader, epoch_batches, target_tokens, token_lengths
+from emoft.checkpoint import Saver, find_checkpoint, locked, prepare_output_dir
 from emoft.classify import classify
 from emoft.config import CONFIG_FILE, TrainConfig, parse_config, save_config
 from emoft.contrast import WrongLabels, label_contrast
 from emoft.data import checksum, read_splits, tokenize, unigram_entropy
 from emoft.distributed import World
-from emoft.duplicates import mark_duplicates, overlap
+from emoft.duplicates import mark_duplicates
 from emoft.evaluate import Evaluation, evaluate, format_figures
 from emoft.gradients import GradientMonitor
 from emoft.kernels import compiled, keep_freed_memory, use_fast_kernels
 from emoft.loss import cross_entropy
 from emoft.machine import measure_flops
-from emoft.model import byte_lengths, decode, load_model, load_model_and_tokenizer, save_model
-from emoft.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, Step, describe, trace
+from emoft.manifest import damage
+from emoft.model import decode, load_model, load_model_and_tokenizer
+from emoft.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, Step, describe, fault_file, refusal, trace
 from emoft.optim import build_optimizer, build_schedule, clip_gradients
-from emoft.parallel import check_parallel, exchange_gradients, load_weights, replicate, shard, whole_weights
+from emoft.parallel import check_parallel, exchange_gradients, load_weights, replicate, shard
 from emoft.precision import Precision, choose_device
 from emoft.randomness import seed_rank, set_random_state
+from emoft.resume import capture_state, check_data, examples_per_step, load_state, restore_state, resume_command
 from emoft.sampling import sample_texts
 from emoft.signals import StopSignals
 from emoft.template import TextFormat
-from emoft.tracking import RESULTS_FILE, RunState, Tracker, fault_file, write_json
+from emoft.tracking import RunState, Tracker
 
 Loaded = tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, dict[str, Dataset]]
 
@@ -144,31 +130,9 @@ def train(
         check_data(saved, data_checksum, checkpoint, config)
         run = restore_state(saved, config, world, optimizer, schedule, precision)
 
-    token_bytes = byte_lengths(tokenizer, model.config.vocab_size)
-
     def evaluation_of(split: str, signals: StopSignals | None = None) -> Evaluation | None:
-        rows = tokenized[split].select_columns("input_ids")
-        batch_size, pad_id = config.per_device_eval_batch_size, tokenizer.eos_token_id
-        loader = split_loader(rows, batch_size, pad_id, device, config.batching, world)
-        return evaluate(model, loader, precision, world, token_bytes, signals, overlap(tokenized[split]))
-
-    def save() -> Path | None:
-        """Save a checkpoint. Where that fails, for want of space for example, the run goes on with those it has."""
-        with tracker.clock_stopped():
-            figures, weights = tracker.state_for_checkpoint(), whole_weights(model, world)
-            state = capture_state(config, world, step_size, data_checksum, optimizer, schedule, precision, figures)
-
-            def write() -> Path | None:
-                try:
-                    folder = save_checkpoint(output_dir, run.step, lambda folder: write_model(folder, weights), state)
-                    best_step = run.best_step if config.load_best_model_at_end else None
-                    remove_old_checkpoints(output_dir, config.save_total_limit, best_step)
-                except SaveError as error:
-                    tracker.warn(f"{error}; training goes on, and the next log entry tries again")
-                    return None
-                return folder
-
-            return world.on_main(write)
+        rows, batch_size = tokenized[split], config.per_device_eval_batch_size
+        return evaluate(model, tokenizer, rows, precision, world, batch_size, config.batching, signals)
 
     def validate() -> bool:
         """Evaluate and return whether the model is the best so far; after a signal, leave it to the resumed run."""
@@ -179,10 +143,6 @@ def train(
                 return False
             run.evaluation_due = False
             return tracker.log_evaluation(evaluation)
-
-    def write_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        save_model(folder, model, weights, tokenizer, text_format)
-        tracker.write_state(folder)
 
     def report(bad_step: Step) -> Fault:
         """Find where a step stopped being finite, and tell of it."""
@@ -201,7 +161,7 @@ def train(
         if run.step == 0 or bad_step.number != run.step + 1 or fault.parameters_not_finite:
             return None
         set_random_state(bad_step.random_state, device)
-        return save()
+        return saver.save()
 
     output_dir = world.on_main(lambda: prepare_output_dir(config))
     world.on_main(lambda: save_config(config, output_dir / CONFIG_FILE))
@@ -218,12 +178,16 @@ def train(
     guard = NonFiniteGuard(optimizer, precision, config.on_nonfinite)
     entropy, peak_flops = unigram_entropy(train_data), measure_flops(precision)
     tracker = Tracker(config, run, total_steps, steps_per_epoch, model.config, entropy, peak_flops, device, world)
+    state = functools.partial(
+        capture_state, config, world, step_size, data_checksum, optimizer, schedule, precision
+    )  # fmt: skip
+    saver = Saver(config, world, output_dir, model, tokenizer, text_format, tracker, state)
     with StopSignals(world) as signals, tracker:
         if run.evaluation_due:
             # A signal came into the evaluation of the step that the run goes on from.
             folder = checkpoint
             if validate() and config.load_best_model_at_end:
-                folder = save()
+                folder = saver.save()
             stopped_early = 0 < config.early_stopping_patience <= run.evaluations_since_best
             done = done or stopped_early or run.evaluation_due
         elif run.step == 0 and can_evaluate:
@@ -288,8 +252,7 @@ def train(
                 if bad_step:
                     fault = report(bad_step)
                     if config.on_nonfinite == "stop" or run.nonfinite_in_row == MOST_IN_A_ROW:
-                        saved_in = save_before(bad_step, fault)
-                        raise not_finite_error(fault, run, saved_in, output_dir)
+                        raise refusal(fault, run.nonfinite_in_row, save_before(bad_step, fault), output_dir)
 
                 # Update the weights, the loss scale and the learning rate. Optimizers skip silently: only the fallen
                 # scale tells, and a step that changed nothing must not use up the schedule.
@@ -318,7 +281,7 @@ def train(
                     should_save |= validate() and config.load_best_model_at_end
                     stopped_early = 0 < config.early_stopping_patience <= run.evaluations_since_best
                 if should_save or signals.received:
-                    folder = save()
+                    folder = saver.save()
                     save_failed = folder is None
                 done = is_last or stopped_early or signals.received is not None
                 if done:
@@ -357,14 +320,7 @@ def train(
             if found := classify(model, tokenizer, text_format, rows, precision, world, batch_size, signals=signals):
                 results |= found.figures()
                 tracker.log_classification(found)
-
-        weights = whole_weights(model, world)
-
-        def write_all(folder: Path) -> None:
-            write_model(folder, weights)
-            write_json(folder / RESULTS_FILE, results)
-
-        world.on_main(lambda: export(output_dir, write_all))
+        saver.export(results)
         samples = sample_texts(model, tokenizer, text_format, config.seed)
         tracker.log_samples(samples)
         tracker.log_results(results)
@@ -372,28 +328,6 @@ def train(
     print("\n".join(samples.values()))
     print(f"saved the model in {output_dir}; generate with: python generate.py --model_name_or_path {output_dir}")
     return 0
-
-
-def resume_command(config: TrainConfig, world: World) -> str:
-    """Return the command that continues a run that was stopped."""
-    words = [word for word in sys.argv if word != "--overwrite_output_dir"]
-    if config.resume_from_checkpoint != "latest":
-        words += ["--resume_from_checkpoint", "latest"]  # of a flag given twice the last one counts
-    if world.hosts > 1:
-        return f"torchrun (with its options, on each host) {shlex.join(words)}"
-    return shlex.join([*(["torchrun", f"--nproc_per_node={world.size}"] if world.launched else ["python"]), *words])
-
-
-def not_finite_error(fault: Fault, run: RunState, saved_in: Path | None, output_dir: Path) -> errors.UserError:
-    """Return the error that ends a run whose loss or gradient became infinite or NaN."""
-    what = f"the loss or gradient of step {fault.step} is not finite"
-    if run.nonfinite_in_row > 1:
-        what += f", as in the {run.nonfinite_in_row - 1} steps before"
-    cure = "lower --learning_rate, raise --warmup_steps, or leave such steps out by --on_nonfinite skip"
-    if fault.parameters_not_finite:
-        cure = f"the weights {fault.parameters_not_finite[0]} are not finite, start from sound ones"
-    kept = f"saved {saved_in}" if saved_in else f"checkpoints in {output_dir} are sound"
-    return errors.UserError(f"{what}; it was not applied, {kept}; {cure} (see {output_dir / fault_file(fault.step)})")
 
 
 def main() -> int:

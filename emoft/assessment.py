@@ -14,17 +14,16 @@ from PIL import Image
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.attention import use_packed_attention
-from emoft.batching import split_loader
 from emoft.charts import confusion_map
 from emoft.classify import Classification, classify, log_prior
 from emoft.config import EvaluateConfig, parse_config
 from emoft.data import read_evaluation_splits, tokenize
 from emoft.distributed import World
-from emoft.duplicates import mark_duplicates, overlap
+from emoft.duplicates import mark_duplicates
 from emoft.errors import UserError, warn
 from emoft.evaluate import evaluate, format_figures
 from emoft.kernels import keep_freed_memory, use_fast_kernels
-from emoft.model import byte_lengths, load_model, load_tokenizer
+from emoft.model import load_model, load_tokenizer
 from emoft.precision import Precision, choose_device
 from emoft.quality import IndependentClassifier, TrainingTexts, assess, format_quality, sample
 from emoft.template import FILE_NAME, TextFormat
@@ -92,12 +91,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     model.eval()
 
     rows = tokenize(splits["test"], tokenizer, text_format, "test", keep_columns=True)
-    tokens = rows.select_columns("input_ids")
     batch_size = config.per_device_eval_batch_size
     world = World()  # one process: torchrun is for training
-    loader = split_loader(tokens, batch_size, tokenizer.eos_token_id, precision.device, "packed", world)
-    token_bytes = byte_lengths(tokenizer, model.config.vocab_size)
-    evaluation = evaluate(model, loader, precision, world, token_bytes, overlap=overlap(rows))
+    evaluation = evaluate(model, tokenizer, rows, precision, world, batch_size)
     assert evaluation
     results = evaluation.figures()
     results |= {"examples": evaluation.examples, "tokens": evaluation.tokens, "bytes": evaluation.text_bytes}

@@ -1,54 +1,37 @@
-"""Checkpoints: written whole or not at all, verified before they are loaded, and exact to resume from."""
+"""The folder of a run: kept for one run, its checkpoints written whole or not at all, the old ones removed."""
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.config import CONFIG_FILE, TrainConfig, config_text
 from emoft.distributed import World
 from emoft.errors import UserError, warn
-from emoft.parallel import load_optimizer_state, whole_optimizer_state
-from emoft.precision import Precision
-from emoft.randomness import random_state, seed_rank, set_random_state
-from emoft.tracking import RunState
+from emoft.manifest import STATE_FILE, damage, write_manifest
+from emoft.model import save_model
+from emoft.parallel import whole_weights
+from emoft.template import TextFormat
+from emoft.tracking import RESULTS_FILE, Tracker, write_json
 
 try:
     import fcntl
 except ImportError:  # Windows: no locks on folders
     fcntl = None  # type: ignore[assignment]
 
-STATE_FILE = "training_state.pt"
-STATE = {"examples_per_step", "data_checksum", "optimizer", "schedule", "scaler", "random_states", "run"}
-MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 STAGING, ASIDE = ".staging-", ".aside-"  # what is being written, and what it will replace
 # What a finished or interrupted run leaves besides its checkpoints; deleted by --overwrite_output_dir.
 RUN_FILES = ("trainer_state.json", "all_results.json", CONFIG_FILE, "emoft.json", "model.safetensors", "runs")
-# Flags that a resumed run may change; all others alter the computation. What the data flags stand for, the tokens
-# themselves, is compared by checksum.
-FREE_TO_CHANGE = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "use_cpu",
-    "per_device_eval_batch_size", "gradient_checkpointing", "torch_compile", "early_stopping_patience",
-    "load_best_model_at_end", "model_name_or_path", "config_overrides", "vocab_size", "tokenizer_name", "test_file",
-    "log_gradients_every", "sample_every", "on_nonfinite", "train_file", "validation_file", "dataset_name",
-    "dataset_config_name", "delimiter", "column_names", "text_column", "label_column", "max_train_samples", "parallel",
-    "drop_duplicates",
-}  # fmt: skip
-# Together with the number of ranks they say how many examples a step has: see `examples_per_step`.
-STEP_SIZE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 class SaveError(UserError):
@@ -199,6 +182,64 @@ def sweep(output_dir: Path) -> None:
         _remove(leftover)
 
 
+@dataclass
+class Saver:
+    """Writes the checkpoints of a run and its final model. Each method is a collective: rank 0 alone writes."""
+
+    config: TrainConfig
+    world: World
+    output_dir: Path
+    model: GPT2LMHeadModel
+    tokenizer: GPT2Tokenizer
+    text_format: TextFormat
+    tracker: Tracker
+    capture_state: Callable[[dict[str, Any]], dict[str, Any]]  # adds to the figures of a run all but its model
+
+    def save(self) -> Path | None:
+        """Write a checkpoint, without those that are too many now.
+
+        Returns:
+            Its folder; None where it could not be written, for want of space for example: the run goes on with the
+            checkpoints that it has.
+        """
+        run, config = self.tracker.run, self.config
+        with self.tracker.clock_stopped():
+            weights = whole_weights(self.model, self.world)
+            state = self.capture_state(self.tracker.state_for_checkpoint())
+
+            def write() -> Path | None:
+                try:
+                    folder = save_checkpoint(
+                        self.output_dir, run.step, lambda place: self._write(place, weights), state
+                    )
+                    best_step = run.best_step if config.load_best_model_at_end else None
+                    remove_old_checkpoints(self.output_dir, config.save_total_limit, best_step)
+                except SaveError as error:
+                    self.tracker.warn(f"{error}; training goes on, and the next log entry tries again")
+                    return None
+                return folder
+
+            return self.world.on_main(write)
+
+    def export(self, results: dict[str, Any]) -> None:
+        """Write the final model and its figures into the run's folder.
+
+        Raises:
+            SaveError: they cannot be written.
+        """
+        weights = whole_weights(self.model, self.world)
+
+        def write(folder: Path) -> None:
+            self._write(folder, weights)
+            write_json(folder / RESULTS_FILE, results)
+
+        self.world.on_main(lambda: export(self.output_dir, write))
+
+    def _write(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        save_model(folder, self.model, weights, self.tokenizer, self.text_format)
+        self.tracker.write_state(folder)
+
+
 def save_checkpoint(
     output_dir: Path, step: int, write_model: Callable[[Path], None], training_state: dict[str, Any]
 ) -> Path:
@@ -208,7 +249,7 @@ def save_checkpoint(
         output_dir: the run's folder.
         step: optimizer steps taken.
         write_model: writes the model's files into a folder.
-        training_state: of `capture_state`.
+        training_state: of `resume.capture_state`.
 
     Raises:
         SaveError: it cannot be written, for want of space for example. What was there before still is.
@@ -274,56 +315,6 @@ def remove_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) 
             shutil.rmtree(path, ignore_errors=True)
 
 
-# ---- What is whole: a manifest of sizes and checksums ----------------------------------------------------------------
-
-
-def write_manifest(folder: Path, step: int) -> None:
-    """Write the size and the SHA-256 of each file of a folder, and of that list itself."""
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": checksum(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
-    (folder / MANIFEST).write_text(_manifest_text({"step": step, "files": files}), encoding="utf-8")
-
-
-def _manifest_text(content: dict[str, Any]) -> str:
-    body = json.dumps(content, indent=2, sort_keys=True)
-    return f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n"
-
-
-def damage(checkpoint: Path) -> str:
-    """Return what is wrong with a checkpoint, or nothing if all of its files are as they were written."""
-    try:
-        text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        content = json.loads(text.rpartition("}")[0] + "}")
-        if text != _manifest_text(content):
-            return f"{MANIFEST} was altered"
-        if NAME.fullmatch(checkpoint.name) and content["step"] != step_of(checkpoint):
-            return f"it is that of step {content['step']}"
-        for name, expected in content["files"].items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["size"]:
-                return f"{name} has {path.stat().st_size:,} bytes, not {expected['size']:,}"
-            if checksum(path) != expected["sha256"]:
-                return f"{name} was altered"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    if STATE_FILE not in content["files"]:
-        return f"{STATE_FILE} is missing"
-    return ""
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def flush(folder: Path) -> None:
     """Wait until the files of a folder are on the disk."""
     for path in folder.iterdir():
@@ -346,137 +337,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-# ---- The state of a run, besides its model ---------------------------------------------------------------------------
-
-
-def capture_state(
-    config: TrainConfig,
-    world: World,
-    examples_per_step: int,
-    data_checksum: str,
-    optimizer: AdamW,
-    schedule: LambdaLR,
-    precision: Precision,
-    run: dict[str, Any],
-) -> dict[str, Any]:
-    """Return all that a run needs, besides the model, to continue as if it had not stopped; a collective.
-
-    The position in the data is the step itself, since the order is a function of seed and epoch. What other ranks than
-    0 return lacks the optimizer's state.
-    """
-    return {
-        "config": asdict(config),
-        "examples_per_step": examples_per_step,
-        "data_checksum": data_checksum,
-        "optimizer": whole_optimizer_state(optimizer, world),
-        "schedule": schedule.state_dict(),
-        "scaler": precision.scaler.state_dict(),
-        "random_states": world.gather(random_state(precision.device)),
-        "run": run,
-    }
-
-
-def load_state(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
-    """Read the state of `capture_state`; only tensors and plain values are loaded, no code.
-
-    Raises:
-        UserError: it cannot be read, or belongs to a run that computes something else.
-    """
-    path = checkpoint / STATE_FILE
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of a strange file: the refusal below says enough
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["config"]
-        missing = STATE - set(state)
-        if missing:
-            raise KeyError(", ".join(sorted(missing)))
-    except Exception as error:  # torch.load raises dozens of types for what is one case to the user
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read ({reason}): resume from another checkpoint") from None
-    now = asdict(config)
-    changed = [
-        f"--{name} {value}, not {now.get(name)}"
-        for name, value in saved.items()
-        if name not in FREE_TO_CHANGE and name not in STEP_SIZE and value != now.get(name)
-    ]
-    if changed:
-        raise UserError(
-            f"{checkpoint} was trained with {'; '.join(changed)}: resume with the same values, or start anew in another"
-            " --output_dir"
-        )
-    return state
-
-
-def examples_per_step(config: TrainConfig, world: World, saved: dict[str, Any] | None) -> int:
-    """Return how many examples an optimizer step has, over all ranks and micro-batches.
-
-    A resumed run keeps the number it began with, on as many ranks as there are now, so that it computes the same.
-
-    Args:
-        config: all flags.
-        world: all ranks.
-        saved: the state that the run resumes from, of `load_state`.
-
-    Raises:
-        UserError: the flags ask a resumed run for another number.
-    """
-    asked = world.size * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    if not saved or saved["examples_per_step"] == asked:
-        return asked
-    kept = int(saved["examples_per_step"])
-    changed = [name for name in STEP_SIZE if saved["config"].get(name) != getattr(config, name)]
-    if changed:
-        raise UserError(
-            f"the run that you resume has {kept} examples a step, which --{changed[0]} {getattr(config, changed[0])}"
-            f" makes {asked}: leave it as it was ({saved['config'].get(changed[0])}), on any number of processes, or"
-            " start anew in another --output_dir"
-        )
-    return kept
-
-
-def check_data(state: dict[str, Any], data_checksum: str, checkpoint: Path, config: TrainConfig) -> None:
-    """See that a run goes on with the texts that it began with.
-
-    Raises:
-        UserError: it does not.
-    """
-    if state["data_checksum"] == data_checksum:
-        return
-    now = asdict(config)
-    names = ("train_file", "dataset_name", "dataset_config_name", "delimiter", "text_column", "label_column",
-             "column_names", "drop_duplicates", "max_train_samples")  # fmt: skip
-    changed = [f"--{name} {state['config'][name]}, not {now[name]}" for name in names
-               if state["config"].get(name) != now[name]]  # fmt: skip
-    raise UserError(
-        f"{checkpoint} was trained on other texts ({'; '.join(changed) or 'the data themselves have changed'}): resume"
-        " with the same data, or start anew in another --output_dir"
-    )
-
-
-def restore_state(
-    state: dict[str, Any], config: TrainConfig, world: World, optimizer: AdamW, schedule: LambdaLR, precision: Precision
-) -> RunState:
-    """Put a loaded state into the objects of a run. The model is loaded by itself, from the same folder.
-
-    On another number of ranks, dropout draws new random numbers.
-
-    Returns:
-        What the run knows about itself.
-
-    Raises:
-        UserError: the state is not of this model.
-    """
-    try:
-        load_optimizer_state(optimizer, state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        precision.scaler.load_state_dict(state["scaler"])
-        run = RunState(**state["run"])
-        if len(state["random_states"]) == world.size:
-            set_random_state(state["random_states"][world.rank], precision.device)
-        else:
-            seed_rank(config.seed, world.rank, run.step)
-        return run
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-        raise UserError(f"{STATE_FILE} does not fit the model ({error}): resume from another checkpoint") from None

@@ -11,7 +11,6 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from emoft.attention import use_packed_attention
-from emoft.batching import split_loader
 from emoft.benchmark import BenchmarkConfig, draw_lengths
 from emoft.classify import classify
 from emoft.config import TrainConfig
@@ -21,7 +20,6 @@ from emoft.evaluate import evaluate
 from emoft.generation_benchmark import SENTENCE, load
 from emoft.kernels import use_fast_kernels
 from emoft.machine import synchronize
-from emoft.model import byte_lengths
 from emoft.precision import Precision, choose_device
 from emoft.template import TextFormat
 
@@ -46,14 +44,10 @@ def compare_classification(config: BenchmarkConfig) -> tuple[str, list[dict[str,
     text_format = TextFormat("{label}: {text}", True, config.max_length, LABELS)
     texts = draw_texts(config.prompts, config.max_length, config.seed)
     rows = Dataset.from_dict({"text": texts, "label": [LABELS[n % len(LABELS)] for n in range(len(texts))]})
-    token_bytes = byte_lengths(tokenizer, model.config.vocab_size)
 
     def evaluation() -> None:
         ids = encode(tokenizer, [text_format.fill(text, label) for label in LABELS for text in texts], text_format)
-        loader = split_loader(
-            Dataset.from_dict({"input_ids": ids}), batch_size, tokenizer.eos_token_id, precision.device, "packed", world
-        )
-        evaluate(model, loader, precision, world, token_bytes)
+        evaluate(model, tokenizer, Dataset.from_dict({"input_ids": ids}), precision, world, batch_size)
 
     def classification() -> None:
         classify(model, tokenizer, text_format, rows, precision, world, batch_size)

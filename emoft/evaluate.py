@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.batching import Batch
+from emoft.batching import Batch, split_loader
 from emoft.bootstrap import Interval, intervals
 from emoft.distributed import World
+from emoft.duplicates import overlap
 from emoft.loss import cross_entropy
+from emoft.model import byte_lengths
 from emoft.precision import Precision
 from emoft.signals import StopSignals
 
@@ -88,29 +91,34 @@ def perplexity(loss: float) -> float:
 
 def evaluate(
     model: GPT2LMHeadModel,
-    loader: DataLoader[Batch],
+    tokenizer: GPT2Tokenizer,
+    rows: Dataset,
     precision: Precision,
     world: World,
-    byte_lengths: Tensor,
+    batch_size: int,
+    batching: str = "packed",
     signals: StopSignals | None = None,
-    overlap: np.ndarray | None = None,
 ) -> Evaluation | None:
-    """Return the result over all batches of all ranks' loaders; dropout is off meanwhile.
+    """Return how well a model predicts a split; dropout is off meanwhile.
 
     Args:
         model: in either mode.
-        loader: of a split, of `batching.split_loader`.
-        precision: of the run.
-        world: all ranks.
-        byte_lengths: see `score_examples`.
+        tokenizer: the model's.
+        rows: a tokenized split; with the column of `duplicates.mark_duplicates`, also without what train holds too.
+        precision: of the matrix products.
+        world: all ranks, each of which scores its share.
+        batch_size: examples computed at once.
+        batching: "packed" or "padded".
         signals: if one was received, the evaluation ends at the next batch.
-        overlap: (E,) bool, which examples the train split holds too; None if nobody has looked.
 
     Returns:
         The result; None if a signal ended it.
     """
-    scores = score_examples(model, loader, precision, world, byte_lengths, signals)
-    return None if scores is None else summarize(scores, overlap)
+    texts, pad_id = rows.select_columns("input_ids"), tokenizer.eos_token_id
+    loader = split_loader(texts, batch_size, pad_id, precision.device, batching, world)
+    token_bytes = byte_lengths(tokenizer, model.config.vocab_size)
+    scores = score_examples(model, loader, precision, world, token_bytes, signals)
+    return None if scores is None else summarize(scores, overlap(rows))
 
 
 @torch.no_grad()  # not inference_mode: the weights that FSDP gathers in it could not be trained any more
@@ -119,7 +127,7 @@ def score_examples(
     loader: DataLoader[Batch],
     precision: Precision,
     world: World,
-    byte_lengths: Tensor | None = None,
+    token_bytes: Tensor | None = None,
     signals: StopSignals | None = None,
     description: str = "Evaluating",
 ) -> Scores | None:
@@ -132,7 +140,7 @@ def score_examples(
         loader: of `batching.split_loader`, over all examples of its data set.
         precision: of the run.
         world: all ranks, each of which scores its share.
-        byte_lengths: (V,) int64, the bytes that each token stands for, of `model.byte_lengths`; none to count none.
+        token_bytes: (V,) int64, the bytes that each token stands for, of `model.byte_lengths`; none to count none.
         signals: if one was received, this ends at the next batch.
         description: of the progress bar.
 
@@ -142,9 +150,9 @@ def score_examples(
     was_training = model.training
     model.eval()
     device = precision.device
-    if byte_lengths is None:
-        byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)
-    byte_lengths = byte_lengths.to(device)
+    if token_bytes is None:
+        token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+    token_bytes = token_bytes.to(device)
     sums = torch.zeros(3, len(loader.dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
     bar = tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True)
     for batch, examples in zip(bar, loader.batch_sampler or (), strict=True):
@@ -157,7 +165,7 @@ def score_examples(
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
             losses = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)  # (K,)
         is_target = batch.targets >= 0
-        values = torch.stack([losses.double(), is_target, byte_lengths[batch.targets.clamp(min=0)] * is_target])
+        values = torch.stack([losses.double(), is_target, token_bytes[batch.targets.clamp(min=0)] * is_target])
         sums.index_add_(1, owners, values)
     model.train(was_training)
     if signals and signals.received:
@@ -166,12 +174,12 @@ def score_examples(
     return Scores(nats, tokens.astype(np.int64), text_bytes.astype(np.int64))
 
 
-def summarize(scores: Scores, overlap: np.ndarray | None = None) -> Evaluation:
+def summarize(scores: Scores, in_train: np.ndarray | None = None) -> Evaluation:
     """Return the figures of a split.
 
     Args:
         scores: of all its examples.
-        overlap: (E,) bool, see `evaluate`.
+        in_train: (E,) bool, which of them the train split holds too; None if nobody has looked.
     """
 
     def ratios(which: Any) -> list[np.ndarray]:
@@ -183,11 +191,11 @@ def summarize(scores: Scores, overlap: np.ndarray | None = None) -> Evaluation:
     loss, bits_per_byte = (float(each) for each in ratios(slice(None)))
     loss_interval, bits_interval = intervals(ratios, len(scores.nats))
     others = None
-    if overlap is not None and overlap.any() and not overlap.all():
-        others = summarize(scores[~overlap])
+    if in_train is not None and in_train.any() and not in_train.all():
+        others = summarize(scores[~in_train])
     return Evaluation(
         loss, loss_interval, bits_per_byte, bits_interval, len(scores.nats), int(scores.tokens.sum()),
-        int(scores.text_bytes.sum()), 0 if overlap is None else int(overlap.sum()), others,
+        int(scores.text_bytes.sum()), 0 if in_train is None else int(in_train.sum()), others,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import GPT2LMHeadModel
 from emoft.batching import Batch
 from emoft.contrast import label_contrast
 from emoft.distributed import World
+from emoft.errors import UserError
 from emoft.loss import cross_entropy
 from emoft.parallel import whole
 from emoft.precision import Precision
@@ -195,6 +197,30 @@ def describe(fault: Fault, examples: list[int], texts: list[str], details: str) 
         f"  {len(at_fault)} of {len(examples)} examples are at fault, the first is row {examples[at_fault[0]]} of"
         f" train, {shown!r}; all in {details}",
     ]
+
+
+def refusal(fault: Fault, in_a_row: int, saved_in: Path | None, output_dir: Path) -> UserError:
+    """Return the error that ends a run after a fault.
+
+    Args:
+        fault: the last one.
+        in_a_row: how many steps, it included, were not finite one after another.
+        saved_in: the checkpoint of the state before it, if one was saved.
+        output_dir: of the run.
+    """
+    what = f"the loss or gradient of step {fault.step} is not finite"
+    if in_a_row > 1:
+        what += f", as in the {in_a_row - 1} steps before"
+    cure = "lower --learning_rate, raise --warmup_steps, or leave such steps out by --on_nonfinite skip"
+    if fault.parameters_not_finite:
+        cure = f"the weights {fault.parameters_not_finite[0]} are not finite, start from sound ones"
+    kept = f"saved {saved_in}" if saved_in else f"checkpoints in {output_dir} are sound"
+    return UserError(f"{what}; it was not applied, {kept}; {cure} (see {output_dir / fault_file(fault.step)})")
+
+
+def fault_file(step: int) -> str:
+    """Return the name of the file that tells of a step that was not finite."""
+    return f"nonfinite-{step}.json"
 
 
 @contextmanager

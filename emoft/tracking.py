@@ -30,7 +30,7 @@ from emoft.distributed import World
 from emoft.evaluate import Evaluation, perplexity
 from emoft.gradients import Figures
 from emoft.machine import memory_in_use, training_operations
-from emoft.nonfinite import Fault
+from emoft.nonfinite import Fault, fault_file
 
 STATE_FILE = "trainer_state.json"
 RESULTS_FILE = "all_results.json"
@@ -417,11 +417,6 @@ class Tracker:
 
 def _logged_name(name: str) -> str:
     return f"eval_{name.removeprefix('eval_')}"
-
-
-def fault_file(step: int) -> str:
-    """Return the name of the file that tells of a step that was not finite."""
-    return f"nonfinite-{step}.json"
 
 
 def write_json(path: Path, content: Any) -> None:

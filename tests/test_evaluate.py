@@ -42,7 +42,8 @@ def test_equals_a_sum_over_examples_in_float64(parts, batch_size: int, batching:
     """Token-weighted, whatever the batches: compared with the model's own loss, one example at a time."""
     model, tokenizer, lengths, rows = parts
     model.train()
-    result = evaluate(model, loader_of(tokenizer, rows, batch_size, batching), FLOAT32, World(), lengths)
+    data = Dataset.from_dict({"input_ids": rows})
+    result = evaluate(model, tokenizer, data, FLOAT32, World(), batch_size, batching)
     assert model.training, "it is left as it was"
     total, tokens = 0.0, 0
     model.eval()
@@ -100,10 +101,10 @@ def test_bits_per_byte_of_a_text_of_three_bytes_by_hand() -> None:
     with torch.no_grad():
         logits = model(torch.tensor([row])).logits[0].double()
     nats = [torch.logsumexp(logits[place], 0) - logits[place, row[place + 1]] for place in range(3)]
-    result = evaluate(model, loader_of(tokenizer, [row]), FLOAT32, World(), byte_lengths(tokenizer, 257))
+    result = evaluate(model, tokenizer, Dataset.from_dict({"input_ids": [row]}), FLOAT32, World(), 1)
     assert result.text_bytes == 2
     assert result.bits_per_byte == pytest.approx(float(sum(nats)) / math.log(2) / 2, rel=1e-6)
-    unfinished = evaluate(model, loader_of(tokenizer, [row[:3]]), FLOAT32, World(), byte_lengths(tokenizer, 257))
+    unfinished = evaluate(model, tokenizer, Dataset.from_dict({"input_ids": [row[:3]]}), FLOAT32, World(), 1)
     assert unfinished.bits_per_byte == pytest.approx(float(sum(nats[:2])) / math.log(2) / 2, rel=1e-6)
 
 
@@ -128,13 +129,13 @@ def test_intervals_hold_the_figure_and_narrow_with_more_examples() -> None:
 
 def test_with_and_without_what_the_train_split_holds_too() -> None:
     scores = Scores(np.array([10.0, 40.0, 30.0]), np.array([10, 10, 10]), np.array([20, 20, 20]))
-    result = summarize(scores, overlap=np.array([True, False, False]))
+    result = summarize(scores, in_train=np.array([True, False, False]))
     assert result.loss == 80 / 30
     assert result.without_overlap.loss == 70 / 20
     figures = result.figures()
     assert (figures["overlap"], figures["loss_without_overlap"]) == (1, 3.5)
     assert "bits_per_byte_without_overlap_interval" in figures
-    assert summarize(scores, overlap=np.array([False] * 3)).without_overlap is None
+    assert summarize(scores, in_train=np.array([False] * 3)).without_overlap is None
 
 
 def test_a_loss_too_large_for_exp_gives_infinity() -> None:

@@ -17,10 +17,11 @@ from kills import Killer
 from safetensors.torch import load_file
 from test_train import flags, history
 
-from emoft.checkpoint import MANIFEST, damage, find_checkpoint, save_checkpoint, sweep
+from emoft.checkpoint import find_checkpoint, save_checkpoint, sweep
 from emoft.config import TrainConfig
 from emoft.distributed import World
 from emoft.errors import UserError
+from emoft.manifest import MANIFEST, damage, write_manifest
 
 
 def test_killed_runs_end_like_the_undisturbed_one(scripts: WarmScripts, tmp_path: Path) -> None:
@@ -355,8 +356,6 @@ class TestStrangers:
 
     def test_a_pickle_as_training_state(self, run, tmp_path, two_checkpoints, tiny_model, train_file) -> None:
         import shutil
-
-        from emoft.checkpoint import write_manifest
 
         shutil.copytree(two_checkpoints, tmp_path / "run")
         checkpoint = tmp_path / "run/checkpoint-2"
