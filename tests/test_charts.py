@@ -130,7 +130,9 @@ class TestInTensorBoard:
             text = driver.execute_script(screenshots.PAGE_TEXT)
             assert all(category in text for category in LAYOUT)
             assert "gradient norm by depth" in text
-            points = screenshots.wait_for(driver, screenshots.POINTS, "vz-line-chart2", lambda points: min(points) > 0)
+            points = screenshots.wait_for(
+                driver, screenshots.POINTS, "vz-line-chart2", lambda points: bool(points) and min(points) > 0
+            )
             assert len(points) >= 3, "each chart has lines with points"
             driver.get(f"{address}/?#hparams")
             for text in ("learning_rate", "final/eval_loss", "a/runs", "b/runs"):
