@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 from transformers import GPT2LMHeadModel
 
-from emoft.benchmark import EMOFT, FLATTENED, TUNED, TUTORIAL, draw_lengths
-from emoft.generation_benchmark import PIPELINE
+from emoft.benchmark.config import draw_lengths
+from emoft.benchmark.generation import PIPELINE
+from emoft.benchmark.training import EMOFT, FLATTENED, TUNED, TUTORIAL
 
 
 def test_drawn_lengths_are_those_of_the_real_messages() -> None:

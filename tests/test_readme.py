@@ -4,7 +4,7 @@ import re
 
 from conftest import ROOT
 
-from emoft.benchmark import BenchmarkConfig
+from emoft.benchmark.config import BenchmarkConfig
 from emoft.config import EvaluateConfig, GenerateConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What it costs to classify by the language model: `python -m emoft.benchmark --compare classification`.
+"""What it costs to classify by the language model, beside an evaluation.
 
 N texts under each of six labels hold as many tokens as 6 N texts have that are evaluated, and should take as long. Both
 include filling in the template and tokenizing.
@@ -11,13 +11,13 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from emoft.attention import use_packed_attention
-from emoft.benchmark import BenchmarkConfig, draw_lengths
+from emoft.benchmark.config import BenchmarkConfig, Report, draw_lengths
+from emoft.benchmark.generation import SENTENCE, load
 from emoft.classify import classify
 from emoft.config import TrainConfig
 from emoft.data import encode
 from emoft.distributed import World
 from emoft.evaluate import evaluate
-from emoft.generation_benchmark import SENTENCE, load
 from emoft.kernels import use_fast_kernels
 from emoft.machine import synchronize
 from emoft.precision import Precision, choose_device
@@ -32,8 +32,8 @@ def draw_texts(count: int, max_length: int, seed: int) -> list[str]:
             for start, length in enumerate(draw_lengths(count, max_length, seed))]  # fmt: skip
 
 
-def compare_classification(config: BenchmarkConfig) -> tuple[str, list[dict[str, object]]]:
-    """Let an evaluation and a classification take turns; return the table as Markdown, and its rows."""
+def compare_classification(config: BenchmarkConfig) -> Report:
+    """Let both take turns."""
     precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
     model, tokenizer = load(config.model_name_or_path, config.seed)
     model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
@@ -74,4 +74,4 @@ def compare_classification(config: BenchmarkConfig) -> tuple[str, list[dict[str,
     for (name, times), ratio in zip(seconds.items(), ratios, strict=True):
         table.append({"contender": name, "seconds": statistics.median(times), "to_evaluation": ratio})
         lines.append(f"| {name} | {statistics.median(times):,.2f} | {ratio:.2f} |")
-    return "\n".join(lines), table
+    return Report("\n".join(lines), {"rows": table})

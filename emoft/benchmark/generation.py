@@ -1,4 +1,4 @@
-"""How fast texts are generated, beside `pipeline("text-generation")`: `python -m emoft.benchmark --compare generation`.
+"""How fast texts are generated, beside `pipeline("text-generation")`.
 
 Both continue the same prompts with the same settings, those that are the pipeline's defaults (sampling at a temperature
 of 0.7), but for the number of new tokens. The pipeline comes as it is: a prompt at a time, in float32. emoft computes
@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.benchmark import BenchmarkConfig, Contender, draw_lengths, peak_memory, reset_peak_memory
+from emoft.benchmark.config import BenchmarkConfig, Report, draw_lengths
+from emoft.benchmark.contenders import Contender, peak_memory, reset_peak_memory
 from emoft.config import GenerateConfig
 from emoft.kernels import use_fast_kernels
 from emoft.machine import synchronize
@@ -102,8 +103,8 @@ def _by_emoft(
     )  # fmt: skip
 
 
-def compare_generation(config: BenchmarkConfig) -> tuple[str, list[dict[str, object]]]:
-    """Let both take turns; return the table as Markdown, and its rows."""
+def compare_generation(config: BenchmarkConfig) -> Report:
+    """Let both take turns."""
     with tempfile.TemporaryDirectory() as folder:
         contenders = [Contender(kind, Path(folder), run_generation, kind, config) for kind in (PIPELINE, EMOFT)]
         try:
@@ -135,4 +136,4 @@ def compare_generation(config: BenchmarkConfig) -> tuple[str, list[dict[str, obj
             f"| {row.contender} | {row.seconds:,.1f} | {row.prompts_per_second:,.2f} | {row.to_pipeline:.1f}"
             f" | {memory} |"
         )
-    return "\n".join(lines), [asdict(row) for row in rows]
+    return Report("\n".join(lines), {"rows": [asdict(row) for row in rows]})

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,22 +10,30 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
+from emoft.benchmark.config import BenchmarkConfig, Report
+from emoft.benchmark.contenders import rank_environments
+from emoft.benchmark.training import ALONE, TOGETHER, model_and_lengths, take_all_turns
+
 EXCHANGED = 1 << 24  # values of the exchange whose bandwidth is measured: 64 MiB in float32
 HOSTS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def rank_environments(processes: int) -> list[dict[str, str]]:
-    """Return what torchrun puts into the environment of each process of a host."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting_place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    return [{**meeting_place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+def compare_processes(config: BenchmarkConfig) -> Report:
+    """Let one process and several take turns at each batch size, and set the model beside what was measured."""
+    rows = []
+    for batch_size, (contenders, _) in take_all_turns(config, (ALONE, TOGETHER)).items():
+        alone, together = (contenders[kind].seconds for kind in (ALONE, TOGETHER))
+        rows.append(efficiency(batch_size, config.processes, alone, together))
+    gradient_bytes = 4 * sum(parameter.numel() for parameter in model_and_lengths(config)[0].parameters())
+    exchange = measure_exchange(config.processes)
+    link = config.link_gbit * 1e9 / 8
+    return Report(
+        format_scaling(rows, gradient_bytes, exchange, link),
+        {"scaling": rows, "gradient_bytes": gradient_bytes, "exchange": exchange},
+    )
 
 
-def compare_processes(
-    batch_size: int, processes: int, alone: Sequence[float], together: Sequence[float]
-) -> dict[str, float]:
+def efficiency(batch_size: int, processes: int, alone: Sequence[float], together: Sequence[float]) -> dict[str, float]:
     """Return the efficiency of weak scaling: of as many examples a process on one process and on several.
 
     Args:
@@ -101,7 +108,7 @@ def format_scaling(rows: list[dict[str, float]], gradient_bytes: float, exchange
     """Return what was measured, and what the model says of it and of many hosts, as tables in Markdown.
 
     Args:
-        rows: of `compare_processes`.
+        rows: of `efficiency`.
         gradient_bytes: of all gradients.
         exchange: bandwidth between the processes, of `measure_exchange`.
         link: bandwidth between hosts, in bytes per second.
