@@ -10,6 +10,7 @@ from transformers import GPT2LMHeadModel
 
 from emoft.benchmark.config import draw_lengths
 from emoft.benchmark.generation import PIPELINE
+from emoft.benchmark.scaling import efficiency, exchange_seconds, modelled_seconds
 from emoft.benchmark.training import EMOFT, FLATTENED, TUNED, TUTORIAL
 
 
@@ -87,6 +88,36 @@ def test_classification_beside_an_evaluation(tiny_model: Path, tmp_path: Path) -
     assert classification["contender"] == "classification of 24 texts by 6 labels"
     assert 0 < classification["to_evaluation"] < 6, "6 would be an evaluation for each label"
     assert "| evaluation of 144 texts |" in result.stdout
+
+
+def test_how_it_scales_beside_the_model(tiny_model: Path, tmp_path: Path) -> None:
+    result = run(
+        tmp_path, "--compare", "processes", "--model_name_or_path", tiny_model, "--batch_sizes", 2, "--turns", 2,
+        "--steps", 3, "--warmup_steps", 1, "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    (row,) = report["scaling"]
+    assert (row["batch_size"], row["processes"]) == (2, 2)
+    assert row["seconds_together"] > 0 and 0 < row["efficiency"] < 2
+    model = GPT2LMHeadModel.from_pretrained(tiny_model)
+    assert report["gradient_bytes"] == 4 * model.num_parameters()
+    assert report["exchange"] > 1e6, "bytes a second"
+    assert "| 1 | 2 | 4 | 8 | 16 | 32 | 64 |" in result.stdout
+
+
+def test_the_model_of_scaling_by_hand() -> None:
+    """10 Gbit/s are 1.25e9 bytes a second: a ring of 4 sends 1.5 times 500 MB in 0.6 s, of which a step hides 2/3."""
+    assert exchange_seconds(500e6, ranks=4, bandwidth=1.25e9) == pytest.approx(0.6)
+    assert exchange_seconds(500e6, ranks=1, bandwidth=1.25e9) == 0
+    assert modelled_seconds(0.3, 500e6, ranks=4, bandwidth=1.25e9) == pytest.approx(0.3 + 0.6 - 0.2)
+    assert modelled_seconds(0.9, 500e6, ranks=4, bandwidth=1.25e9) == pytest.approx(0.9), "all of it is hidden"
+
+
+def test_efficiency_is_the_median_of_the_turns() -> None:
+    row = efficiency(4, 2, alone=[1.0, 1.2, 5.0], together=[2.0, 1.5, 5.0])
+    assert (row["seconds_alone"], row["seconds_together"]) == (1.2, 2.0)
+    assert row["efficiency"] == pytest.approx(0.8)
 
 
 def test_a_contender_that_fails_says_why(tiny_model: Path, tmp_path: Path) -> None:
