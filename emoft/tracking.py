@@ -1,33 +1,29 @@
 """One dict of metrics to every sink: TensorBoard, trainer_state.json, the progress bar."""
 
 import contextlib
-import functools
 import json
 import math
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 from transformers import GPT2Config
 
 from emoft.batching import Batch, Lengths, target_tokens
-from emoft.charts import GROUPS, GUIDE, GUIDE_LEVEL, LAYOUT, TAGS, confusion_map, heat_map
+from emoft.charts import GUIDE_LEVEL, TAGS, confusion_map, heat_map
 from emoft.classify import Classification
 from emoft.config import TrainConfig
 from emoft.distributed import World
 from emoft.evaluate import Evaluation, perplexity
+from emoft.events import EventFile
 from emoft.gradients import Figures
 from emoft.machine import memory_in_use, training_operations
 from emoft.nonfinite import Fault, fault_file
@@ -40,12 +36,6 @@ EVENTS_FOLDER = "runs"
 SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak", "memory_gib")
 # What a log entry tells of the steps since the entry before.
 SUMS = ("train_seconds", "samples", "tokens", "operations", "loss_sum", "loss_tokens", "clipped_steps")
-DESCRIPTIONS = dict(TAGS.values())
-# Of the HParams table.
-FINAL = (
-    "train_loss", "eval_loss", "perplexity", "bits_per_byte", "emotion_accuracy", "macro_f1",
-    "train_samples_per_second",
-)  # fmt: skip
 EVALUATED = ("eval_loss", "perplexity", "bits_per_byte")  # figures of an evaluation, by their names in the results
 COLUMNS = 512  # measured steps that the heat map keeps
 
@@ -109,56 +99,16 @@ class Tracker:
         # still has to do.
         sums = [run.loss_sum, run.loss_tokens, run.clipped_steps]
         self._sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
-        self.writer: SummaryWriter | None = None
+        folder = self.output_dir / EVENTS_FOLDER
+        self.events = EventFile(folder, config, world.is_main, self.warn)
         self._batches: list[Batch] = []  # of the latest step
-        self._described: set[str] = set()
         self._clock_started = time.perf_counter()
 
     def __enter__(self) -> "Tracker":
         self.bar = tqdm(total=self.total_steps, initial=self.run.step, desc="Training", unit="step", dynamic_ncols=True)
-        threading.excepthook = _quiet_about_writing
-        self._open_writer()
+        self.events.open(self.run.step)
         self._clock_started = time.perf_counter()
         return self
-
-    def _open_writer(self) -> None:
-        """Begin an event file. Where it cannot be written, the run goes on without, and tries again later."""
-        self._described.clear()
-        if not self.world.is_main:
-            return
-        try:
-            # A resumed run hides what the interrupted one wrote after its last checkpoint. TensorBoard does so from
-            # the second such mark on: the first one must be there from the beginning.
-            self.writer = SummaryWriter(str(self.output_dir / EVENTS_FOLDER), purge_step=self.run.step + 1)
-        except OSError as error:
-            self._give_up_writing(error)
-            return
-        self._write(lambda writer: writer.add_custom_scalars(LAYOUT))
-        if self.run.step == 0:
-            self._write(lambda writer: writer.add_text("guide", GUIDE, 0))
-        for summary in self._hparams()[:2]:
-            self._add_summary(summary)
-
-    def _hparams(self) -> Any:
-        """Return the run's configuration for the HParams table: the experiment, the session's start and its end.
-
-        The writer's own `add_hparams` would open a second run.
-        """
-        values = {name: str(v) if isinstance(v, list) else v for name, v in asdict(self.config).items()}
-        return hparams(values, dict.fromkeys(f"final/{name}" for name in FINAL))
-
-    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
-        """Write to the event file, if there is one."""
-        if self.writer is not None:
-            try:
-                write(self.writer)
-            except OSError as error:
-                self._give_up_writing(error)
-
-    def _give_up_writing(self, error: OSError) -> None:
-        self.writer = None
-        self.warn(f"the event file in {self.output_dir / EVENTS_FOLDER} cannot be written ({error.strerror or error});"
-                  " training goes on, and the next log entry tries again")  # fmt: skip
 
     def warn(self, message: str) -> None:
         """Print a line of warning to standard error, above the bar."""
@@ -168,8 +118,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close_bar()
-        self._write(SummaryWriter.close)
-        threading.excepthook = threading.__excepthook__
+        self.events.close()
 
     def close_bar(self) -> None:
         """End the bar's line, so that what is printed stands below it."""
@@ -220,8 +169,7 @@ class Tracker:
         """Log the steps since the last entry. Reads from the device: a CPU-GPU sync point."""
         run = self.run
         with self.clock_stopped():
-            if self.writer is None:
-                self._open_writer()
+            self.events.open(run.step)  # if it could not be written before
             self._read_sums()
             loss = (
                 run.since_log("loss_sum") / run.since_log("loss_tokens") if run.since_log("loss_tokens") else math.nan
@@ -242,14 +190,13 @@ class Tracker:
                 **metrics,
             }
             self._log({**figures, **speed})
-            self._add_scalars(
-                {
-                    "train/unigram_entropy": self.unigram_entropy,
-                    "train/nonfinite_steps": run.nonfinite_steps,
-                    "train/max_grad_norm": self.config.max_grad_norm or math.nan,
-                    "train/label_alignment": min(batch.aligned_share() for batch in self._batches),
-                }
-            )
+            beside = {
+                "train/unigram_entropy": self.unigram_entropy,
+                "train/nonfinite_steps": run.nonfinite_steps,
+                "train/max_grad_norm": self.config.max_grad_norm or math.nan,
+                "train/label_alignment": min(batch.aligned_share() for batch in self._batches),
+            }
+            self.events.add_scalars(beside, run.step)
             self.bar.set_postfix_str(
                 f"loss {loss:.3f}, {speed['samples_per_second']:.1f} samples/s,"
                 f" {speed['tokens_per_second']:,.0f} tokens/s, {speed['share_of_peak']:.0%} of peak",
@@ -278,22 +225,17 @@ class Tracker:
 
     def log_classification(self, classification: Classification) -> None:
         """Show how well emotions are told apart, and the confusion matrix, for the model as it is now."""
-        self._add_scalars({TAGS[n][0]: value for n, value in classification.figures().items() if n in TAGS})
-        picture = confusion_map(classification.labels, classification.confusion)
-        step = self.run.step
-        self._write(lambda writer: writer.add_image("confusion", picture, step, dataformats="HWC"))
-        self._add_text("confusion", classification.table(), step)
+        step, figures = self.run.step, classification.figures()
+        self.events.add_scalars({TAGS[name][0]: value for name, value in figures.items() if name in TAGS}, step)
+        self.events.add_image("confusion", confusion_map(classification.labels, classification.confusion), step)
+        self.events.add_text("confusion", classification.table(), step)
 
     def log_gradients(self, figures: Figures) -> None:
         """Show the measurements of a step, and the heat map of all measured steps."""
         run = self.run
-        self._add_scalars({**figures.scalars, "update_ratio/guide": GUIDE_LEVEL})
+        self.events.add_scalars({**figures.scalars, "update_ratio/guide": GUIDE_LEVEL}, run.step)
         for tag, shape in figures.histograms.items():
-            values: dict[str, Any] = {
-                "min": shape.low, "max": shape.high, "num": sum(shape.counts), "sum": shape.total,
-                "sum_squares": shape.squares, "bucket_limits": shape.limits, "bucket_counts": shape.counts,
-            }  # fmt: skip
-            self._write(functools.partial(SummaryWriter.add_histogram_raw, tag=tag, global_step=run.step, **values))
+            self.events.add_histogram(tag, shape, run.step)
         if len(run.depth_steps) == COLUMNS:  # a long run: keep every second column
             run.depth_steps, run.depth_norms = run.depth_steps[1::2], run.depth_norms[1::2]
         run.depth_steps.append(run.step)
@@ -304,13 +246,12 @@ class Tracker:
 
     def _draw_heat_map(self) -> None:
         picture = heat_map(self.run.depth_steps, self.run.depth_norms)
-        step = self.run.step
-        self._write(lambda writer: writer.add_image("gradient_norm_by_block", picture, step, dataformats="HWC"))
+        self.events.add_image("gradient_norm_by_block", picture, self.run.step)
 
     def log_samples(self, texts: dict[str, str]) -> None:
         """Show sample texts, by emotion, in the Text tab."""
         for name, text in texts.items():
-            self._add_text(f"samples/{name}", text, self.run.step)
+            self.events.add_text(f"samples/{name}", text, self.run.step)
 
     def log_fault(self, fault: Fault, lines: list[str], details: dict[str, Any]) -> None:
         """Tell of a step that was not finite: on the terminal, in the Text tab, and in nonfinite-STEP.json."""
@@ -324,41 +265,21 @@ class Tracker:
             except OSError as error:
                 self.warn(f"{fault_file(fault.step)} cannot be written ({error.strerror})")
         tqdm.write("\n".join(lines))
-        self._add_text("nonfinite", "\n".join(lines), fault.step)
-        self._add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)
+        self.events.add_text("nonfinite", "\n".join(lines), fault.step)
+        self.events.add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)
 
     def log_results(self, results: dict[str, Any]) -> None:
         """Show the final figures: in the HParams table beside the run's configuration."""
         if self.run.depth_steps:
             self._draw_heat_map()
-        self._add_scalars({f"final/{name}": results[name] for name in FINAL if name in results})
-        self._add_summary(self._hparams()[2])
+        self.events.add_results(results, self.run.step)
 
     def _log(self, metrics: dict[str, Any]) -> None:
         step, epoch = self.run.step, self.run.step / self.steps_per_epoch
         shown = {**metrics, "epoch": epoch}
-        self._add_scalars({TAGS[name][0]: value for name, value in shown.items() if name in TAGS})
+        self.events.add_scalars({TAGS[name][0]: value for name, value in shown.items() if name in TAGS}, step)
         history = {name: value for name, value in metrics.items() if name not in SPEED}
         self.run.log_history.append({**history, "epoch": round(epoch, 6), "step": step})
-
-    def _add_scalars(self, values: dict[str, float], step: int | None = None) -> None:
-        """Add a point to each of some curves; to the first of each, what the curve means."""
-        step = self.run.step if step is None else step
-        for tag, value in values.items():
-            scalar = Summary.Value(tag=tag, simple_value=value)
-            if tag not in self._described:
-                self._described.add(tag)
-                description = DESCRIPTIONS.get(tag) or GROUPS.get(tag.partition("/")[0], "")
-                plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-                scalar.metadata.CopyFrom(SummaryMetadata(plugin_data=plugin, summary_description=description))
-            self._add_summary(Summary(value=[scalar]), step)
-
-    def _add_summary(self, summary: Any, step: int | None = None) -> None:
-        # What the writer's own methods call.
-        self._write(lambda writer: writer._get_file_writer().add_summary(summary, step))
-
-    def _add_text(self, tag: str, text: str, step: int) -> None:
-        self._write(lambda writer: writer.add_text(tag, _verbatim(text), step))
 
     def state_for_checkpoint(self) -> dict[str, Any]:
         """Return the run's state as plain numbers, lists and dicts. Reads from the device: a CPU-GPU sync point."""
@@ -427,17 +348,6 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _quiet_about_writing(arguments: threading.ExceptHookArgs) -> None:
-    """Keep TensorBoard's thread from printing a traceback of what `Tracker` tells in a line."""
-    if not isinstance(arguments.exc_value, OSError):
-        threading.__excepthook__(arguments)
-
-
-def _verbatim(text: str) -> str:
-    """Return Markdown that shows a text as it is."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def finite(content: Any) -> Any:
