@@ -115,7 +115,8 @@ def train(
     use_packed_attention(model)
     use_fast_kernels(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.17 knows the second name only, which later versions deprecate.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     # Compiled or replicated, it is another object around the same weights: checkpoints, evaluation and samples use the
     # plain model.
     transformer = compiled(model.transformer) if config.torch_compile else model.transformer
@@ -129,6 +130,7 @@ def train(
     if checkpoint and saved:
         check_data(saved, data_checksum, checkpoint, config)
         run = restore_state(saved, config, world, optimizer, schedule, precision)
+        saved = None  # AdamW's moments, of which the optimizer has its own copy
 
     def evaluation_of(split: str, signals: StopSignals | None = None) -> Evaluation | None:
         rows, batch_size = tokenized[split], config.per_device_eval_batch_size
@@ -163,7 +165,8 @@ def train(
         set_random_state(bad_step.random_state, device)
         return saver.save()
 
-    output_dir = world.on_main(lambda: prepare_output_dir(config))
+    output_dir = world.on_main(lambda: prepare_output_dir(config, resumes=checkpoint is not None))
+    world.on_main(world.begin_run)
     world.on_main(lambda: save_config(config, output_dir / CONFIG_FILE))
     ranks = f"{world.size} processes ({config.parallel}), each on " if world.launched else ""
     print(
@@ -290,7 +293,8 @@ def train(
         tracker.close_bar()
         if run.evaluation_due or (run.step < total_steps and not stopped_early):
             if run.step == 0:
-                print(f"stopped by {signals.name} before the first step, with nothing to save yet: start again")
+                print(f"stopped by {signals.name} before the first step, with nothing to save yet; to start, run:")
+                print(f"  {resume_command(config, world)}")
                 return signals.exit_code
             if save_failed:
                 raise errors.UserError(f"stopped by {signals.name} after step {run.step}, which could not be saved")
@@ -338,7 +342,7 @@ def main() -> int:
     world = World.of_environment()
     with world.only_main_speaks():
         config = world.read_alike(lambda: parse_config(TrainConfig))
-        with world.connected(), locked(Path(config.output_dir)) if world.is_main else nullcontext():
+        with world.connected() as world, locked(Path(config.output_dir)) if world.is_main else nullcontext():
             return train(config, world)
 
 

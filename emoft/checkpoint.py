@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.config import CONFIG_FILE, TrainConfig, config_text
+from emoft.config import CONFIG_FILE, TrainConfig
 from emoft.distributed import World
 from emoft.errors import UserError, warn
 from emoft.manifest import STATE_FILE, damage, write_manifest
@@ -54,25 +54,24 @@ def step_of(checkpoint: Path) -> int:
 def find_checkpoint(config: TrainConfig, world: World) -> Path | None:
     """Return the checkpoint to resume from, or None for a fresh start.
 
-    A run that torchrun has restarted goes on from its latest, whatever the flags say.
+    A run that torchrun has restarted goes on from its newest, whatever the flags say.
 
     Raises:
-        UserError: the output folder cannot be used, holds a run that the flags do not speak of, or the checkpoint
-            that they name does not exist or is damaged.
+        UserError: the output folder holds a run that the flags do not speak of, or the checkpoint that they name does
+            not exist or is damaged.
     """
     output_dir = Path(config.output_dir)
-    wanted = config.resume_from_checkpoint
-    if world.restarts and wanted != "latest" and _is_of_same_run(config):
-        wanted = "latest"
-    elif wanted and config.overwrite_output_dir:
+    wanted, is_restart = config.resume_from_checkpoint, world.has_begun_run()
+    if wanted and config.overwrite_output_dir:
         raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other: drop one")
-    if wanted == "latest":
+    if wanted == "latest" or is_restart:
         for checkpoint in reversed(checkpoints(output_dir)):
             if reason := damage(checkpoint):
                 warn(f"{checkpoint} is damaged ({reason}) and is not loaded: trying the one before")
                 continue
             print(f"resuming from {checkpoint}")
             return checkpoint
+    if wanted == "latest" or (is_restart and not wanted):
         print(f"no checkpoint in {output_dir} yet: starting from the beginning")
         return None
     if wanted:
@@ -95,14 +94,6 @@ def find_checkpoint(config: TrainConfig, world: World) -> Path | None:
             " latest, replace it by --overwrite_output_dir, or name another folder"
         )
     return None
-
-
-def _is_of_same_run(config: TrainConfig) -> bool:
-    try:
-        kept = (Path(config.output_dir) / CONFIG_FILE).read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return kept == config_text(config)
 
 
 @contextlib.contextmanager
@@ -145,10 +136,14 @@ def _lock(folder: int, output_dir: Path) -> None:
         pass  # a file system without locks
 
 
-def prepare_output_dir(config: TrainConfig) -> Path:
+def prepare_output_dir(config: TrainConfig, resumes: bool = False) -> Path:
     """Make the folder, which should be `locked`, ready for a run; with --overwrite_output_dir delete the run it holds.
 
     What a run that was killed while saving left behind is swept.
+
+    Args:
+        config: names the folder.
+        resumes: the run goes on from a checkpoint, and what the folder holds is its own.
 
     Raises:
         UserError: the folder cannot be written.
@@ -156,7 +151,7 @@ def prepare_output_dir(config: TrainConfig) -> Path:
     output_dir = Path(config.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if config.overwrite_output_dir:
+        if config.overwrite_output_dir and not resumes:
             for path in [output_dir / name for name in RUN_FILES] + checkpoints(output_dir):
                 _remove(path)
             for path in output_dir.glob("nonfinite-*.json"):

@@ -3,13 +3,15 @@
 Without torchrun there is one rank, and everything here returns at once what it was given.
 """
 
+import atexit
 import contextlib
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,6 +28,8 @@ from emoft.heartbeat import Heartbeat
 # Of a collective. No rank waits so long for one that has died: the heartbeat ends it. But one that saves a large model
 # or compiles for minutes is waited for.
 PATIENCE = timedelta(days=1)
+MEETING_SECONDS = 300.0  # in which all ranks must have come together: imports may be slow on some hosts
+BEGUN = "emoft/begun"  # a key of torchrun's store
 CPU = torch.device("cpu")
 Value = TypeVar("Value")
 
@@ -39,7 +43,7 @@ class World:
     local_rank: int = 0  # of this process, on its host
     launched: bool = False  # by torchrun
     hosts: int = 1  # on which torchrun was started
-    restarts: int = 0  # of the run, by torchrun, after a failure
+    store: Store | None = None  # torchrun's, once connected; it outlives the processes that torchrun starts anew
 
     @staticmethod
     def of_environment() -> "World":
@@ -48,13 +52,25 @@ class World:
             return World()
         rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        return World(rank, size, local_rank, True, hosts, restarts)
+        return World(rank, size, local_rank, True, hosts)
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that writes files, bars and event files."""
         return self.rank == 0
+
+    def begin_run(self) -> None:
+        """Let the processes that torchrun may start in place of these know that the run is in its folder."""
+        if self.store:
+            self.store.set(BEGUN, "")
+
+    def has_begun_run(self) -> bool:
+        """Whether earlier processes of this same launch by torchrun have begun the run, and then failed.
+
+        torchrun's own count of restarts does not tell: it differs between hosts, and grows if processes fail that had
+        not begun anything.
+        """
+        return self.store is not None and self.store.check([BEGUN])
 
     def share(self, examples: Sequence[int], batch_size: int) -> list[list[int]]:
         """Return this rank's micro-batches of a batch that all ranks compute together.
@@ -111,16 +127,16 @@ class World:
             self.highest(0)
 
     def read_alike(self, function: Callable[[], Value]) -> Value:
-        """Return what a function returns that finds the same on all ranks, an error too, which rank 0 tells.
+        """Return what a function returns that finds the same on all ranks of a host, an error too, which one tells.
 
         Raises:
-            UserError: on rank 0, the function's.
+            UserError: on the first rank of each host, the function's: hosts may differ.
             SystemExit: on the others.
         """
         try:
             return function()
         except UserError:
-            if self.is_main:
+            if self.local_rank == 0:
                 raise
             sys.exit(2)
 
@@ -135,36 +151,82 @@ class World:
             yield
 
     @contextlib.contextmanager
-    def connected(self) -> Iterator[None]:
-        """Connect the ranks. If one of them fails, or its host or link does, all end within seconds.
+    def connected(self) -> Iterator["World"]:
+        """Connect the ranks, and give the connected world. If a rank fails, or its host or link, all end in seconds.
 
         Raises:
-            SystemExit: another rank failed; that one tells why.
+            UserError: not all ranks could be reached.
         """
         if not self.launched:
-            yield
+            yield self
             return
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        store = _meeting_place(next(rendezvous("env://"))[0], self.rank, self.size)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
-        heartbeat = Heartbeat(is_speaker=self.local_rank == 0)
         try:
-            yield
+            with self._meeting():
+                launch_store = next(rendezvous("env://"))[0]
+                store = _meeting_place(launch_store, self.rank, self.size)
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
+                heartbeat = Heartbeat(is_speaker=self.local_rank == 0)
+        except RuntimeError as error:
+            _leave_without_finalizing(2)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"rank {self.rank} of {self.size} cannot reach the others ({reason}): see what the other hosts printed,"
+                " and whether the link to them is up"
+            ) from None
+        try:
+            yield replace(self, store=launch_store)
         except UserError:
             if not self.is_main:
                 if heartbeat.has_lost_a_rank():
-                    sys.exit(2)  # all of them found the same, and rank 0 tells it
+                    _leave(2)  # all of them found the same, and rank 0 tells it
                 print(file=sys.__stderr__)  # end the line of rank 0's bar
             heartbeat.fail()
+            _leave_without_finalizing(2)
             raise
         except Exception:
             # A rank that has lost another one fails too, in whatever it was doing with it: only the other tells why.
             if heartbeat.has_lost_a_rank():
-                sys.exit(1)
+                _leave(1)
             heartbeat.fail()
+            _leave_without_finalizing(1)
             raise
         heartbeat.leave()
         dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """End this process if what follows takes too long. It waits where no exception reaches it."""
+
+        def give_up() -> None:
+            if self.local_rank == 0:
+                text = f"after {MEETING_SECONDS:.0f} seconds not all {self.size} processes are there"
+                print(f"{os.path.basename(sys.argv[0])}: error: {text}: see what the others printed, and that each host"
+                      " runs the same command", file=sys.__stderr__, flush=True)  # fmt: skip
+            os._exit(2)
+
+        timer = threading.Timer(MEETING_SECONDS, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _leave_without_finalizing(code: int) -> None:
+    """Let this process end at once when it is about to: threads of gloo's would abort an interpreter that finalizes.
+
+    They still hold what they were to give back to Python, for a rank that failed leaves its collectives unfinished.
+    """
+    atexit.register(_leave, code)
+
+
+def _leave(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()  # type: ignore[union-attr]
+    os._exit(code)
 
 
 def _meeting_place(store: Store, rank: int, size: int) -> Store:

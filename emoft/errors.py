@@ -1,8 +1,11 @@
 """What the user can mend: one line on standard error and exit code 2, never a traceback."""
 
+import contextlib
 import io
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -31,8 +34,9 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = main()
         sys.stdout.flush()
     except UserError as error:
-        one_line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {one_line}", file=sys.stderr)
+        line = f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}"
+        print(line, file=sys.stderr)
+        _tell_torchrun(line)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -41,3 +45,10 @@ def run(main: Callable[[], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
+
+
+def _tell_torchrun(line: str) -> None:
+    """Give the line to torchrun too, whose own report of the failure, a page long, then ends with it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")

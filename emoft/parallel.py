@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -47,6 +47,11 @@ def shard(model: GPT2LMHeadModel, world: World, device: torch.device) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model.transformer, mesh=mesh, reshard_after_forward=False)
     model.lm_head = TiedHead(model.transformer.wte)
+
+
+def is_sharded(model: GPT2LMHeadModel) -> bool:
+    """Whether the weights are spread, so that each forward pass is a collective."""
+    return isinstance(model.transformer, FSDPModule)
 
 
 class TiedHead(nn.Module):
@@ -88,8 +93,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor, the same on all ranks, on a parameter's device, and spread as it is."""
-    value = value.to(parameter.device)
+    """Return a copy of a whole tensor, the same on all ranks, on a parameter's device, and spread as it is."""
+    value = value.to(parameter.device, copy=True)
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return value

@@ -65,13 +65,15 @@ def capture_state(
 def load_state(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
     """Read the state of `capture_state`; only tensors and plain values are loaded, no code.
 
+    Tensors stay in the file until they are used, so that the ranks of a host do not each hold all of them.
+
     Raises:
         UserError: it cannot be read, or belongs to a run that computes something else.
     """
     path = checkpoint / STATE_FILE
     try:
         with warnings.catch_warnings(action="ignore"):  # of a strange file: the refusal below says enough
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         saved = state["config"]
         missing = STATE - set(state)
         if missing:

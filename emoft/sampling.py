@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from emoft.errors import UserError
 from emoft.model import decode, token_bytes
+from emoft.parallel import is_sharded
 from emoft.precision import Precision
 from emoft.template import TextFormat
 
@@ -115,6 +116,8 @@ def generate_batch(
         generation_config=config,
         streamer=streamer,
         logits_processor=rules,
+        # Each forward pass of a sharded model is a collective: none may end before the others, whatever it has drawn.
+        synced_gpus=is_sharded(model),
     )
     results = []
     for prompt, row, limit, sequence in zip(prompts, rows, room, output[:, width:].tolist(), strict=True):

@@ -237,6 +237,44 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
         assert len(missing.error_lines) == 1
         assert "missing.txt" in missing.error_lines[0]
 
+    def before_meeting(self, folder: Path, lines: str) -> str:
+        """The script as it is, but for what each rank does first."""
+        (folder / "planted.py").write_text(f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import emoft.distributed
+emoft.distributed.MEETING_SECONDS = 5
+{lines}
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+        return str(folder / "planted.py")
+
+    @pytest.mark.parametrize("missing", [0, 1])
+    def test_a_rank_that_never_came_is_not_waited_for(
+        self, run: Run, tiny_model, train_file, tmp_path, missing
+    ) -> None:
+        script = self.before_meeting(tmp_path, f"""os.environ["LOCAL_RANK"] = "0"  # of a host each
+if os.environ["RANK"] == "{missing}":
+    sys.exit(3)
+""")  # fmt: skip
+        result = run(script, *flags(tiny_model, train_file), ranks=2)
+        assert sorted(result.codes) == [2, 3]
+        (line,) = result.error_lines
+        assert "not all 2 processes are there" in line
+        assert not (tmp_path / "run").exists()
+
+    def test_each_host_tells_of_its_own_flags(self, run: Run, tiny_model, train_file, tmp_path) -> None:
+        """The processes as the first of a host each, where a file is missing on the second one."""
+        (tmp_path / "there.yaml").write_text("max_steps: 1\n")
+        script = self.before_meeting(tmp_path, """os.environ["LOCAL_RANK"] = "0"
+if os.environ["RANK"] == "1":
+    sys.argv[-1] = "missing.yaml"
+""")  # fmt: skip
+        result = run(script, *flags(tiny_model, train_file), "--config", "there.yaml", ranks=2)
+        assert result.codes == (2, 2)
+        assert any("--config missing.yaml" in line for line in result.error_lines), result.err
+        assert "Traceback" not in result.err
+
     def test_sharding_needs_torchrun(self, run: Run, tiny_model, train_file) -> None:
         result = run("train.py", *flags(tiny_model, train_file, parallel="fsdp"))
         assert result.code == 2

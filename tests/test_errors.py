@@ -263,3 +263,12 @@ class TestGenerate:
         refused(run("generate.py", f"--model_name_or_path={plain}", "--prompts_file=prompts.txt"), "line 2", "UTF-8")
         (tmp_path / "prompts.txt").write_bytes(b"\n\n")
         refused(run("generate.py", f"--model_name_or_path={plain}", "--prompts_file=prompts.txt"), "no prompt")
+
+
+def test_torchruns_own_report_ends_with_the_line(run: Callable[..., Result], tmp_path: Path) -> None:
+    result = run("train.py", "--learning_rate=-1", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    assert result.code == 2
+    report = json.loads((tmp_path / "error.json").read_text())
+    assert report["message"] == result.error_lines[-1]
+    assert report["message"].startswith("train.py: error: --learning_rate -1")
+    assert isinstance(report["timestamp"], int)

@@ -24,6 +24,7 @@ def test_every_flag_it_names_exists() -> None:
     known |= {f"no_{name}" for name in known}
     others = {"logdir", "samples_per_plugin"}  # of tensorboard
     others |= {"standalone", "nnodes", "nproc_per_node", "max_restarts", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
+    others |= {"shutdown_timeout"}
     others |= {"nodes", "ntasks", "gpus", "cpus", "signal", "requeue"}  # of Slurm
     named = set(re.findall(r"--([a-z_]+)", README))
     assert named - known - others == set()

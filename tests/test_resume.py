@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -284,10 +285,13 @@ def test_a_signal_in_the_evaluation_before_the_first_step(scripts, tmp_path, tin
     os.kill(process, signal.SIGINT)
     stopped = scripts.finish()
     assert stopped.code == 130, stopped.err
-    assert stopped.out.splitlines()[-1] == (
-        "stopped by SIGINT before the first step, with nothing to save yet: start again"
-    )
+    told, command = stopped.out.splitlines()[-2:]
+    assert told == "stopped by SIGINT before the first step, with nothing to save yet; to start, run:"
     assert not list(tmp_path.glob("run/checkpoint-*"))
+    python, script, *again = shlex.split(command)
+    assert python == "python"
+    started = scripts(script, *again, "--max_eval_samples=1", cwd=tmp_path)
+    assert started.code == 0, started.err
 
 
 def test_a_second_run_is_kept_out_but_not_by_a_dead_one(run, scripts, tmp_path, tiny_model, train_file) -> None:

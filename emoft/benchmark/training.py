@@ -109,7 +109,7 @@ def run_emoft(pipe: Connection | None, config: BenchmarkConfig, train_config: Tr
         rows = Dataset.from_dict({"input_ids": texts})
         return model, tokenizer, text_format, {"train": rows.with_transform(count_step)}
 
-    with world.only_main_speaks(), world.connected():
+    with world.only_main_speaks(), world.connected() as world:
         train.train(train_config, world, load)
 
 
