@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 import math
+import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain, islice
@@ -23,7 +24,7 @@ from emoft import errors
 from emoft.attention import use_packed_attention
 from emoft.batching import build_loader, epoch_batches, target_tokens, token_lengths
 from emoft.checkpoint import Saver, find_checkpoint, locked, prepare_output_dir
-from emoft.classify import classify
+from emoft.classify import Classification, classify
 from emoft.config import CONFIG_FILE, TrainConfig, parse_config, save_config
 from emoft.contrast import WrongLabels, label_contrast
 from emoft.data import checksum, read_splits, tokenize, unigram_entropy
@@ -53,7 +54,9 @@ Loaded = tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, dict[str, Dataset]]
 def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
     """Return the model, its tokenizer, the format of its texts, and the tokenized splits."""
     splits, text_format = read_splits(config)
-    splits = mark_duplicates(splits, config.drop_duplicates)
+    splits, found = mark_duplicates(splits, config.drop_duplicates, "; --drop_duplicates leaves them out of train")
+    if found:
+        print(found)
     texts = (text_format.fill(**row) for row in splits["train"])
     if checkpoint:
         config = dataclasses.replace(config, model_name_or_path=str(checkpoint), config_overrides="", tokenizer_name="")
@@ -132,15 +135,22 @@ def train(
         run = restore_state(saved, config, world, optimizer, schedule, precision)
         saved = None  # AdamW's moments, of which the optimizer has its own copy
 
-    def evaluation_of(split: str, signals: StopSignals | None = None) -> Evaluation | None:
+    def evaluation_of(split: str) -> Evaluation | None:
         rows, batch_size = tokenized[split], config.per_device_eval_batch_size
         return evaluate(model, tokenizer, rows, precision, world, batch_size, config.batching, signals)
+
+    def classification_of(split: str) -> Classification | None:
+        """Let the model tell the emotions of a split; None without one, or without a template that names them."""
+        if split not in tokenized or not text_format.has_label:
+            return None
+        rows, batch_size = tokenized[split], config.per_device_eval_batch_size
+        return classify(model, tokenizer, text_format, rows, precision, world, batch_size, signals=signals)
 
     def validate() -> bool:
         """Evaluate and return whether the model is the best so far; after a signal, leave it to the resumed run."""
         run.evaluation_due = True
         with tracker.clock_stopped():
-            evaluation = evaluation_of("validation", signals)
+            evaluation = evaluation_of("validation")
             if evaluation is None:
                 return False
             run.evaluation_due = False
@@ -196,6 +206,9 @@ def train(
         elif run.step == 0 and can_evaluate:
             # What fine-tuning brings is the difference to this.
             validate()
+            with tracker.clock_stopped():
+                if found := classification_of("validation"):
+                    tracker.log_classification(found)
             done = run.evaluation_due
         while not done:
             # An epoch, or the rest of one: its order is known from seed and epoch, so a resumed run starts right here.
@@ -314,23 +327,22 @@ def train(
             else:
                 load_weights(model, load_model(str(best)).state_dict())
                 print(f"took the model of step {run.best_step}, the best")
+        saver.export()
+        if found := classification_of("validation"):
+            tracker.log_classification(found)
         results = tracker.results()
         if "test" in tokenized:
-            test = evaluation_of("test")
-            assert test
-            results |= {f"test_{name}": value for name, value in test.figures().items()}
-        if text_format.has_label and can_evaluate:
-            rows, batch_size = tokenized["validation"], config.per_device_eval_batch_size
-            if found := classify(model, tokenizer, text_format, rows, precision, world, batch_size, signals=signals):
-                results |= found.figures()
-                tracker.log_classification(found)
-        saver.export(results)
+            for test in (evaluation_of("test"), classification_of("test")):
+                results |= {f"test_{name}": value for name, value in (test.figures() if test else {}).items()}
         samples = sample_texts(model, tokenizer, text_format, config.seed)
         tracker.log_samples(samples)
         tracker.log_results(results)
+        saver.write_results(results)
     print(format_figures(results))
     print("\n".join(samples.values()))
-    print(f"saved the model in {output_dir}; generate with: python generate.py --model_name_or_path {output_dir}")
+    steer = ["--emotion", text_format.labels[0], "--do_sample"] if text_format.label_first else []
+    command = shlex.join(["python", "generate.py", "--model_name_or_path", str(output_dir), *steer])
+    print(f"saved the model in {output_dir}; generate with: {command}")
     return 0
 
 

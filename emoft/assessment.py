@@ -43,6 +43,11 @@ def read_format(config: EvaluateConfig) -> TextFormat:
         text_format = TextFormat.load(folder)
     elif config.template:
         text_format = TextFormat(config.template)
+    elif not folder.is_dir():
+        raise UserError(
+            f"--model_name_or_path {folder} is no folder here, and models of the Hub have no template: check the path,"
+            " train first with python train.py, or give --template, such as '{text}'"
+        )
     else:
         raise UserError(
             f"--model_name_or_path {folder} has no {FILE_NAME}, which holds its template: give --template, such as"
@@ -71,13 +76,20 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             f"--generate {config.generate} needs a template with {{label}}, and the model's is"
             f" {text_format.template!r}: train with one, such as --config conditional"
         )
+    if config.generate and not text_format.label_first:
+        raise UserError(
+            f"--generate {config.generate} needs a template with {{label}} before {{text}}, which can steer what is"
+            f" generated, and the model's is {text_format.template!r}: train with one"
+        )
     splits, text_format = read_evaluation_splits(config, text_format)
     if config.use_class_prior and not (text_format.has_label and "train" in splits):
         raise UserError(
             "--use_class_prior counts the labels of a train split: give --train_file, and a {label} template"
         )
     if "train" in splits:
-        splits = mark_duplicates(splits, drop=False, quiet=config.json)
+        splits, found = mark_duplicates(splits)
+        if found and not config.json:
+            print(found)
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     model = load_model(config.model_name_or_path)
@@ -124,14 +136,11 @@ def write_and_assess(
         warn("no train split: nothing can be said of copies, nor by an independent classifier; give --train_file")
     else:
         training = TrainingTexts(train["text"])
-        if IndependentClassifier.is_available():
-            independent = IndependentClassifier(train["text"], train["label"])
-            test = splits["test"].filter(lambda label: label in text_format.labels, input_columns="label")
-            if len(test):
-                found = independent.classify(test["text"], test["label"], text_format.labels).figures()
-                results = {f"tfidf_{name}": value for name, value in found.items()}
-        else:
-            warn("no independent classifier without the package scikit-learn: run pip install scikit-learn")
+        independent = fit_independent(train, text_format)
+        test = splits["test"].filter(lambda label: label in text_format.labels, input_columns="label")
+        if independent and len(test):
+            found = independent.classify(test["text"], test["label"], text_format.labels).figures()
+            results = {f"tfidf_{name}": value for name, value in found.items() if name != "classified"}
     options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
                "no_repeat_ngram_size": config.no_repeat_ngram_size}  # fmt: skip
     samples = sample(
@@ -150,6 +159,19 @@ def write_and_assess(
         model, tokenizer, text_format, samples, precision, config.per_device_eval_batch_size, training, independent
     )
     return results
+
+
+def fit_independent(train: Dataset, text_format: TextFormat) -> IndependentClassifier | None:
+    """Return the independent classifier, fitted on the texts whose label the model knows; None if it cannot be."""
+    if not IndependentClassifier.is_available():
+        warn("no independent classifier without the package scikit-learn: run pip install scikit-learn")
+        return None
+    known = train.filter(lambda label: label in text_format.labels, input_columns="label")
+    try:
+        return IndependentClassifier(known["text"], known["label"])
+    except ValueError as error:
+        warn(f"no independent classifier, which cannot be fitted on the train split ({str(error).splitlines()[0]})")
+        return None
 
 
 def report(config: EvaluateConfig, results: dict[str, Any], classification: Classification | None) -> None:

@@ -38,11 +38,11 @@ TAGS = {
         "Cross-entropy of the validation split's targets, in bits, by the bytes they stand for: comparable between"
         " tokenizers.",
     ),
-    "emotion_accuracy": (
+    "eval_emotion_accuracy": (
         "eval/emotion_accuracy",
         "Share of the validation split's texts whose emotion is the one under which the model finds them likeliest.",
     ),
-    "macro_f1": ("eval/macro_f1", "Mean over emotions of the F1 score of the same predictions."),
+    "eval_macro_f1": ("eval/macro_f1", "Mean over emotions of the F1 score of the same predictions."),
     "eval_loss_without_overlap": ("eval/loss_without_overlap", "eval/loss of the texts that train does not hold too."),
 }
 GROUPS = {

@@ -216,16 +216,24 @@ class Saver:
 
             return self.world.on_main(write)
 
-    def export(self, results: dict[str, Any]) -> None:
-        """Write the final model and its figures into the run's folder.
+    def export(self) -> None:
+        """Write the final model into the run's folder.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        weights = whole_weights(self.model, self.world)
+        self.world.on_main(lambda: export(self.output_dir, lambda folder: self._write(folder, weights)))
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write the figures of the finished run, and its log once more, which holds the last of them.
 
         Raises:
             SaveError: they cannot be written.
         """
-        weights = whole_weights(self.model, self.world)
 
         def write(folder: Path) -> None:
-            self._write(folder, weights)
+            self.tracker.write_state(folder)
             write_json(folder / RESULTS_FILE, results)
 
         self.world.on_main(lambda: export(self.output_dir, write))
@@ -263,14 +271,14 @@ def save_checkpoint(
     return final
 
 
-def export(output_dir: Path, write_model: Callable[[Path], None]) -> None:
-    """Write the final model's files into the run's folder, each of them whole or not at all.
+def export(output_dir: Path, write: Callable[[Path], None]) -> None:
+    """Write files into the run's folder, each of them whole or not at all.
 
     Raises:
         SaveError: they cannot be written.
     """
     with staged(output_dir, "final") as staging:
-        write_model(staging)
+        write(staging)
         flush(staging)
         for path in sorted(staging.iterdir()):
             os.replace(path, output_dir / path.name)

@@ -6,10 +6,11 @@ lest a label of one token win over one of three; nor does what stands between la
 template's last character and the text's first, as " i" in "joy: i feel" does, it counts. So does end-of-text, where the
 format appends it: whether a text ends here may depend on the emotion. Without a class prior all labels are taken for
 equally frequent. If the template names the label after the text, the text's tokens are the same for all labels, and
-p(label | text) is read from the label on, prior included.
+p(label | text) is read from the label on, prior included; of a text that is too long, the beginning is left out then.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,10 @@ from datasets import Dataset
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.batching import split_loader
-from emoft.bootstrap import Interval, intervals
+from emoft.bootstrap import Interval, intervals, renamed
 from emoft.data import most_characters
 from emoft.distributed import World
+from emoft.duplicates import overlap
 from emoft.errors import warn
 from emoft.evaluate import score_examples
 from emoft.precision import Precision
@@ -29,6 +31,7 @@ from emoft.signals import StopSignals
 from emoft.template import TextFormat
 
 PAIRS = 6_000  # of a text and a label, tokenized at a time
+MOST_LABELS = 100  # each costs another evaluation
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Classification:
     accuracy_interval: Interval
     macro_f1: float
     macro_f1_interval: Interval
+    without_overlap: "Classification | None" = None  # over the texts that train does not hold too, if both kinds occur
 
     @property
     def confusion(self) -> np.ndarray:
@@ -53,13 +57,15 @@ class Classification:
         return np.bincount(self.cells, minlength=size**2).reshape(size, size)
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures by name, each with its interval beside it, as [low, high]."""
-        return {
+        """Return the figures by name, each with its interval beside it, as [low, high], and the number of texts."""
+        figures = {
             "emotion_accuracy": self.accuracy,
             "emotion_accuracy_interval": list(self.accuracy_interval),
             "macro_f1": self.macro_f1,
             "macro_f1_interval": list(self.macro_f1_interval),
+            "classified": len(self.cells),
         }
+        return figures | (renamed(self.without_overlap.figures(), "_without_overlap") if self.without_overlap else {})
 
     def table(self) -> str:
         """Return the confusion matrix as text: a row for each true label, a column for each predicted one."""
@@ -78,7 +84,8 @@ def conditioned_rows(
     """Return the rows whose losses `label_scores` compares: each text under each label, labels changing fastest.
 
     A row is "input_ids", and "first_target", the place of the first token that counts. A text that is too long is cut
-    to the same tokens under all labels: a long label must not spare its text the last words.
+    to the same tokens under all labels, at its end: a long label must not spare its text the last words. If the label
+    stands after the text, the text is cut at its beginning.
 
     Args:
         tokenizer: the model's.
@@ -105,9 +112,16 @@ def conditioned_rows(
     for number in range(len(texts)):
         ends = text_format.append_eos if ended is None else ended[number]
         group = range(number * size, (number + 1) * size)
-        room = max(0, text_format.max_length - max(firsts[row] for row in group))
         for row in group:
-            ids[row] = (ids[row] + end * ends)[: firsts[row] + room]
+            ids[row] += end * ends
+        if text_format.label_first:
+            room = max(0, text_format.max_length - max(firsts[row] for row in group))
+            for row in group:
+                ids[row] = ids[row][: firsts[row] + room]
+        else:
+            excess = max(0, max(len(ids[row]) for row in group) - text_format.max_length)
+            for row in group:
+                ids[row], firsts[row] = ids[row][excess:], max(1, firsts[row] - excess)
     return Dataset.from_dict({"input_ids": ids, "first_target": firsts})
 
 
@@ -143,7 +157,8 @@ def label_scores(
 
 def log_prior(labels: Sequence[str], text_format: TextFormat) -> np.ndarray:
     """Return the log of each label's share among those of a train split, (L,); one more of each, so that none is 0."""
-    counts = np.array([1 + sum(label == each for each in labels) for label in text_format.labels])
+    occurrences = Counter(labels)
+    counts = np.array([1 + occurrences[label] for label in text_format.labels])
     return np.log(counts / counts.sum())
 
 
@@ -160,13 +175,15 @@ def classify(
 ) -> Classification | None:
     """Classify the texts of a split and compare with their labels.
 
-    Texts whose label the model does not know are left out, with a warning.
+    Texts whose label the model does not know are left out, with a warning. There is no result, with a warning, if there
+    are more than `MOST_LABELS` labels, or if the model computes infinite or NaN values.
 
     Args:
         model: see `label_scores`.
         tokenizer: the model's.
         text_format: its template and labels.
-        rows: with the string columns "text" and "label".
+        rows: with the string columns "text" and "label"; with the column of `duplicates.mark_duplicates`, also without
+            what train holds too.
         precision: of the matrix products.
         world: all ranks, each of which scores its share.
         batch_size: filled templates computed at once.
@@ -174,31 +191,43 @@ def classify(
         signals: if one was received, this ends at the next batch.
 
     Returns:
-        The result; None if a signal ended it, or if no label is known.
+        The result; None if there is none, or if a signal ended it.
     """
-    texts, labels = list(rows["text"]), list(rows["label"])
-    known = {label: number for number, label in enumerate(text_format.labels)}
-    if unknown := sorted(set(labels) - set(known)):
-        warn(f"{sum(label not in known for label in labels)} texts have labels that the model does not know"
-             f" ({', '.join(unknown[:5])}): they are not classified")  # fmt: skip
-        texts = [text for text, label in zip(texts, labels, strict=True) if label in known]
-        labels = [label for label in labels if label in known]
-    if not texts:
+    if len(text_format.labels) > MOST_LABELS:
+        warn(f"{len(text_format.labels)} labels, each of which costs an evaluation: texts are not classified")
         return None
+    known = {label: number for number, label in enumerate(text_format.labels)}
+    which = np.array([label in known for label in rows["label"]], dtype=bool)
+    if not which.all():
+        unknown = sorted(set(rows["label"]) - set(known))
+        warn(f"{(~which).sum()} texts have labels that the model does not know ({', '.join(unknown[:5])}): they are not"
+             " classified")  # fmt: skip
+    if not which.any():
+        return None
+    in_train = overlap(rows)
+    rows = rows.select(np.flatnonzero(which))
+    texts = list(rows["text"])
     scores = label_scores(model, tokenizer, text_format, texts, precision, world, batch_size, signals=signals)
     if scores is None:
         return None
+    if not np.isfinite(scores).all():
+        warn("the model computes infinite or NaN values: texts are not classified")
+        return None
     predicted = (scores if prior is None else scores + prior).argmax(1)
-    return compare(text_format.labels, np.array([known[label] for label in labels]), predicted)
+    true = np.array([known[label] for label in rows["label"]])
+    return compare(text_format.labels, true, predicted, None if in_train is None else in_train[which])
 
 
-def compare(labels: list[str], true: np.ndarray, predicted: np.ndarray) -> Classification:
+def compare(
+    labels: list[str], true: np.ndarray, predicted: np.ndarray, in_train: np.ndarray | None = None
+) -> Classification:
     """Return the result of predictions.
 
     Args:
         labels: L names.
         true: (N,) numbers of labels.
         predicted: (N,) likewise.
+        in_train: (N,) bool, which of the texts train holds too; None if nobody has looked.
     """
     size = len(labels)
     cells = true * size + predicted
@@ -210,8 +239,11 @@ def compare(labels: list[str], true: np.ndarray, predicted: np.ndarray) -> Class
         return [_accuracy(confusion), _macro_f1(confusion)]
 
     accuracy, macro_f1 = (float(each[0]) for each in statistics(np.arange(len(cells))[None]))
-    accuracy_interval, f1_interval = intervals(statistics, len(cells))
-    return Classification(labels, cells, accuracy, accuracy_interval, macro_f1, f1_interval)
+    accuracy_interval, f1_interval = intervals(statistics, len(cells), numbers=size**2)
+    others = None
+    if in_train is not None and in_train.any() and not in_train.all():
+        others = compare(labels, true[~in_train], predicted[~in_train])
+    return Classification(labels, cells, accuracy, accuracy_interval, macro_f1, f1_interval, others)
 
 
 def _accuracy(confusion: np.ndarray) -> np.ndarray:

@@ -254,6 +254,7 @@ def _clean(rows: Dataset, where: str, config: DataConfig, with_label: bool) -> D
         if column not in rows.column_names:
             raise UserError(
                 f"{where} has no column {column!r}, only {', '.join(rows.column_names)}: name one by --{role}_column"
+                + (", or give a --template without {label}" if role == "label" else "")
             )
     feature = rows.features[config.text_column]
     if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "null"):

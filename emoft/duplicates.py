@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
+from emoft.errors import UserError
 from emoft.words import runs, words
 
 SHINGLE = 3  # consecutive words
@@ -62,7 +63,7 @@ def find_matches(train: Sequence[str], others: Sequence[Sequence[str]] = ()) -> 
         if joined in seen:
             exact[number] = True
         else:
-            candidates = {other for shingle in rarest for other in index.get(shingle, ())}
+            candidates = (other for shingle in rarest for other in index.get(shingle, ()))
             near[number] = any(_similar(shingles, sets[other]) for other in candidates)
         if number < len(train) and not exact[number]:
             seen.add(joined)
@@ -85,16 +86,20 @@ def _similar(first: list[str], second: list[str]) -> bool:
     return shared >= SIMILARITY * (len(first) + len(second) - shared)
 
 
-def mark_duplicates(splits: dict[str, Dataset], drop: bool, quiet: bool = False) -> dict[str, Dataset]:
-    """Report duplicates in one line, and mark the texts of other splits that the train split holds too.
+def mark_duplicates(splits: dict[str, Dataset], drop: bool = False, advice: str = "") -> tuple[dict[str, Dataset], str]:
+    """Find duplicates, and mark the texts of other splits that the train split holds too.
 
     Args:
         splits: "train" and others, with the column "text".
         drop: leave out of train the later copies, and the texts that another split holds too.
-        quiet: only mark them.
+        advice: what to do about them, if they are not dropped.
 
     Returns:
-        The splits; those other than "train" with the column `IN_TRAIN`, which is False throughout after dropping.
+        The splits, those other than "train" with the column `IN_TRAIN`, which is False throughout after dropping; and
+        what was found in one line, empty if there was nothing.
+
+    Raises:
+        UserError: nothing is left of train.
     """
     others = [name for name in splits if name != "train"]
     train = list(splits["train"]["text"])
@@ -109,13 +114,17 @@ def mark_duplicates(splits: dict[str, Dataset], drop: bool, quiet: bool = False)
         for name in others:
             # The other way round: which texts of train does this split hold?
             dropped |= find_matches(list(splits[name]["text"]), [train])[1][0].any
+        if dropped.all():
+            raise UserError(
+                f"--drop_duplicates leaves nothing of the {len(train):,} texts to train on: the evaluation splits hold"
+                " all of them, name other files or drop the flag"
+            )
         kept["train"] = splits["train"].select(np.flatnonzero(~dropped))
         told.append(f"dropped {dropped.sum():,} of {len(train):,} from train")
-    if told and not quiet:
-        print(f"duplicates: {', '.join(told)}" + ("" if drop else "; --drop_duplicates leaves them out of train"))
+    line = f"duplicates: {', '.join(told)}{'' if drop else advice}" if told else ""
     for name, matches in zip(others, in_others, strict=True):
         kept[name] = splits[name].add_column(IN_TRAIN, matches.any & (not drop))
-    return kept
+    return kept, line
 
 
 def overlap(rows: Dataset) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.batching import Batch, split_loader
-from emoft.bootstrap import Interval, intervals
+from emoft.bootstrap import Interval, intervals, renamed
 from emoft.distributed import World
 from emoft.duplicates import overlap
 from emoft.loss import cross_entropy
@@ -54,7 +54,7 @@ class Evaluation:
     examples: int
     tokens: int
     text_bytes: int
-    overlap: int = 0  # examples that the train split holds too, as far as anyone has looked
+    overlap: int | None = None  # examples that the train split holds too; None if nobody has looked
     without_overlap: "Evaluation | None" = None  # over the others, if there are both
 
     @property
@@ -73,11 +73,10 @@ class Evaluation:
             "bits_per_byte": self.bits_per_byte,
             "bits_per_byte_interval": list(self.bits_per_byte_interval),
         }
-        if self.without_overlap:
+        if self.overlap is not None:
             figures["overlap"] = self.overlap
-            for name, value in self.without_overlap.figures().items():
-                base = name.removesuffix("_interval")
-                figures[f"{base}_without_overlap{name.removeprefix(base)}"] = value
+        if self.without_overlap:
+            figures |= renamed(self.without_overlap.figures(), "_without_overlap")
         return figures
 
 
@@ -195,7 +194,7 @@ def summarize(scores: Scores, in_train: np.ndarray | None = None) -> Evaluation:
         others = summarize(scores[~in_train])
     return Evaluation(
         loss, loss_interval, bits_per_byte, bits_interval, len(scores.nats), int(scores.tokens.sum()),
-        int(scores.text_bytes.sum()), 0 if in_train is None else int(in_train.sum()), others,
+        int(scores.text_bytes.sum()), None if in_train is None else int(in_train.sum()), others,
     )  # fmt: skip
 
 
@@ -205,8 +204,8 @@ def format_figures(figures: dict[str, Any]) -> str:
     width = max(map(len, numbers), default=0)
     lines = []
     for name, value in numbers.items():
-        interval = figures.get(f"{name}_interval")
-        beside = f"  [{interval[0]:,.4f}, {interval[1]:,.4f}]" if interval else ""
+        low, high = figures.get(f"{name}_interval", (math.nan, math.nan))
+        beside = "" if math.isnan(low) else f"  [{low:,.4f}, {high:,.4f}]"
         number = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
         lines.append(f"{name:{width}}  {number}{beside}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from emoft.gradients import Histogram
 DESCRIPTIONS = dict(TAGS.values())
 FINAL = (  # of the HParams table
     "train_loss", "eval_loss", "perplexity", "bits_per_byte", "emotion_accuracy", "macro_f1",
-    "train_samples_per_second",
+    "test_loss", "test_emotion_accuracy", "train_samples_per_second",
 )  # fmt: skip
 
 

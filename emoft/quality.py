@@ -40,6 +40,11 @@ class IndependentClassifier:
     """TF-IDF of words and pairs of words, and logistic regression, by scikit-learn."""
 
     def __init__(self, texts: Sequence[str], labels: Sequence[str]) -> None:
+        """Fit it.
+
+        Raises:
+            ValueError: fewer than two labels, or texts without words.
+        """
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline

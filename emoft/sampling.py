@@ -214,11 +214,11 @@ class NoRepeatNGram(LogitsProcessor):
 def sample_texts(
     model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text_format: TextFormat, seed: int
 ) -> dict[str, str]:
-    """Return one sampled text for each emotion, or a single one, of the name "text", where the template names none.
+    """Return a sampled text for each emotion, or a single one, of the name "text", where the template cannot steer.
 
     Model mode and random generators are left as they were, so that a training may call this between two steps.
     """
-    prompts = {label: text_format.prompt(label) for label in text_format.labels} or {"text": text_format.prompt()}
+    prompts = text_format.prompts()
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []

@@ -44,15 +44,30 @@ class TextFormat:
         """Return the text of one example, without the end-of-text token."""
         return self.template.format(text=text, label=label)
 
+    @property
+    def label_first(self) -> bool:
+        """Whether the emotion stands before the text, and so can steer what is generated."""
+        return "label" in template_fields(self.split("text")[0])
+
+    def split(self, name: str) -> tuple[str, str]:
+        """Return what stands before and after the first field of a name, as templates themselves."""
+        before, after, found = "", "", False
+        for literal, each, _, _ in Formatter().parse(self.template):
+            piece = literal.replace("{", "{{").replace("}", "}}")
+            if each == name and not found:
+                before, found = before + piece, True
+                continue
+            piece += f"{{{each}}}" if each is not None else ""
+            before, after = (before, after + piece) if found else (before + piece, after)
+        return before, after
+
     def conditioned_from(self, text: str, label: str) -> int:
         """Return the place in a filled template where that begins whose probability tells labels apart, in characters.
 
         It is the text if the label stands before it, else the label.
         """
-        before_text = self.template.partition("{text}")[0]
-        if "{label}" in before_text:
-            return len(before_text.format(label=label))
-        return len(self.template.partition("{label}")[0].format(text=text))
+        before, _ = self.split("text" if self.label_first else "label")
+        return len(before.format(text=text, label=label))
 
     def prompt(self, label: str = "", text: str = "") -> str:
         """Return what stands before the words to be generated: the template up to the end of its `{text}`.
@@ -62,28 +77,30 @@ class TextFormat:
         Raises:
             UserError: the template or the label cannot condition a generation.
         """
-        before, _, after = self.template.partition("{text}")
         if label:
             if not self.has_label:
                 raise UserError(
                     f"the model was trained with the template {self.template!r}, which names no emotion: give --prompt"
                     " instead of --emotion, or train with a template that has {label}, such as --config conditional"
                 )
-            if "{label}" in after:
+            if not self.label_first:
                 raise UserError(
                     f"the template {self.template!r} names the emotion after the text, so it cannot steer what is"
                     " generated: give --prompt instead, or train with {label} before {text}"
                 )
             if label not in self.labels:
                 raise UserError(f"no emotion {label!r} in this model: choose from {', '.join(self.labels)}")
-        return (before.format(label=label) + text).rstrip()
+        return (self.split("text")[0].format(label=label) + text).rstrip()
+
+    def prompts(self) -> dict[str, str]:
+        """Return the prompt of each emotion; of a template that cannot be steered a single one, of the name "text"."""
+        return {label: self.prompt(label) for label in self.labels} if self.label_first else {"text": self.prompt()}
 
     def extract(self, filled: str, label: str = "") -> str:
         """Return the text in a filled template that may have ended early."""
-        before, _, after = self.template.partition("{text}")
-        before, after = before.format(label=label), after.format(label=label)
+        before, after = (part.format(label=label, text="") for part in self.split("text"))
         text = filled.removeprefix(before) if filled.startswith(before) else filled.removeprefix(before.rstrip())
-        return (text.partition(after)[0] if after.strip() else text).strip()
+        return (text.rpartition(after)[0] if after.strip() and after in text else text).strip()
 
     def save(self, folder: Path) -> None:
         """Write the format beside a saved model."""

@@ -37,6 +37,7 @@ SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak", "memory_gib
 # What a log entry tells of the steps since the entry before.
 SUMS = ("train_seconds", "samples", "tokens", "operations", "loss_sum", "loss_tokens", "clipped_steps")
 EVALUATED = ("eval_loss", "perplexity", "bits_per_byte")  # figures of an evaluation, by their names in the results
+CLASSIFIED = ("emotion_accuracy", "macro_f1")  # likewise of a classification
 COLUMNS = 512  # measured steps that the heat map keeps
 
 
@@ -224,9 +225,9 @@ class Tracker:
         return is_best
 
     def log_classification(self, classification: Classification) -> None:
-        """Show how well emotions are told apart, and the confusion matrix, for the model as it is now."""
-        step, figures = self.run.step, classification.figures()
-        self.events.add_scalars({TAGS[name][0]: value for name, value in figures.items() if name in TAGS}, step)
+        """Log how well emotions are told apart, and the confusion matrix, by the model as it is now."""
+        step = self.run.step
+        self._log({f"eval_{name}": value for name, value in classification.figures().items()})
         self.events.add_image("confusion", confusion_map(classification.labels, classification.confusion), step)
         self.events.add_text("confusion", classification.table(), step)
 
@@ -322,22 +323,31 @@ class Tracker:
             "train_tokens_per_second": run.tokens / seconds,
             "train_share_of_peak": run.operations / seconds / self.peak_flops,
         }
-        evaluations = {entry["step"]: entry for entry in run.log_history if "eval_loss" in entry}
+        history = run.log_history
+        evaluations = {entry["step"]: entry for entry in history if "eval_loss" in entry}
+        classifications = {entry["step"]: entry for entry in history if "eval_emotion_accuracy" in entry}
         if math.isfinite(run.best_loss):
             after = evaluations[run.best_step if self.config.load_best_model_at_end else max(evaluations)]
-            for name in EVALUATED:
-                if before := evaluations.get(0):
-                    figures[f"{name}_before"] = before[_logged_name(name)]
-                    figures[f"{name}_before_interval"] = before[f"{_logged_name(name)}_interval"]
-                logged = {each: value for each, value in after.items() if each.startswith(_logged_name(name))}
-                figures |= {each.replace(_logged_name(name), name): value for each, value in logged.items()}
+            figures |= _before_and_after(EVALUATED, evaluations.get(0), after)
             if "eval_overlap" in after:
                 figures["eval_overlap"] = after["eval_overlap"]
+        if max(classifications, default=0) > 0:
+            after = classifications[max(classifications)]
+            figures |= _before_and_after(CLASSIFIED, classifications.get(0), after)
+            figures["classified"] = after["eval_classified"]
         return figures
 
 
-def _logged_name(name: str) -> str:
-    return f"eval_{name.removeprefix('eval_')}"
+def _before_and_after(names: tuple[str, ...], before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, Any]:
+    """Return figures by their names in the results, of two entries of the log."""
+    figures = {}
+    for name in names:
+        logged = f"eval_{name.removeprefix('eval_')}"
+        if before:
+            figures[f"{name}_before"] = before[logged]
+            figures[f"{name}_before_interval"] = before[f"{logged}_interval"]
+        figures |= {each.replace(logged, name): value for each, value in after.items() if each.startswith(logged)}
+    return figures
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -20,9 +20,11 @@ _CHARACTERS = _Characters()
 def words(text: str) -> list[str]:
     """Return the words of a text: in lower case, without punctuation, split at blanks.
 
-    A script that puts no blanks between words, as Khmer, has words as long as its phrases.
+    A script that puts no blanks between words, as Khmer, has words as long as its phrases. Where there is nothing but
+    signs, they are the words: ":)" is not the same text as ":(".
     """
-    return unicodedata.normalize("NFKC", text).translate(_CHARACTERS).split()
+    normal = unicodedata.normalize("NFKC", text)
+    return normal.translate(_CHARACTERS).split() or normal.split()
 
 
 def runs(sequence: list[str], length: int) -> list[str]:

@@ -50,7 +50,7 @@ def test_its_figures_are_those_of_the_training(evaluate, trained, validation_fil
         assert figures[name] == pytest.approx(results[f"test_{name}"], rel=1e-6)
         assert figures[f"{name}_interval"] == pytest.approx(results[f"test_{name}_interval"], rel=1e-6)
     for name in ("emotion_accuracy", "macro_f1"):
-        assert figures[name] == results[name]
+        assert figures[name] == results[name] == results[f"test_{name}"]
         low, high = figures[f"{name}_interval"]
         assert low <= figures[name] <= high
     assert figures["examples"] == len(SENTENCES)
@@ -94,6 +94,25 @@ def test_without_a_train_split_it_says_what_it_cannot_tell(evaluate, validation_
     assert "copied" not in everything and "recognized_by_tfidf" not in everything
 
 
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["a text;joy", "another text;anger", "a blue one;blue"], ""),  # a label that the model does not know
+        (["a text;joy", "another text;joy"], "cannot be fitted"),
+        (["a;joy", "b;anger"], "cannot be fitted"),  # no word of two letters
+    ],
+    ids=range(3),
+)
+def test_train_data_that_the_independent_classifier_cannot_learn(
+    evaluate, tmp_path, validation_file, lines, told
+) -> None:
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    result = evaluate("--test_file", validation_file, "--train_file=train.txt", "--generate=1", "--json")
+    assert result.code == 0, result.err
+    assert told in result.err
+    assert ("tfidf_emotion_accuracy" in json.loads(result.out)) == (not told)
+
+
 def test_a_data_set_in_a_folder(evaluate, tmp_path) -> None:
     for split in ("train", "test"):
         rows = "".join(f"{split} {text},{label}\n" for text, label in SENTENCES)
@@ -117,11 +136,15 @@ def test_a_data_set_in_a_folder(evaluate, tmp_path) -> None:
         (["--test_file=test.txt", "--output_dir=test.txt"], ["--output_dir test.txt"]),
         (["--test_file=test.txt", "--generate=-1"], ["--generate -1"]),
         (["--model_name_or_path=bare", "--test_file=test.txt"], ["emoft.json", "--template"]),
+        (["--model_name_or_path=nowhere", "--test_file=test.txt"], ["nowhere is no folder", "train first"]),
+        (["--test_file=test.txt", "--template={text} ({label})", "--generate=2"], ["--generate 2", "before {text}"]),
+        (["--test_file=plain.csv", "--delimiter=,"], ["no column 'label'", "--template without {label}"]),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_errors_take_one_line(evaluate, tmp_path, tiny_model, words: list[str], parts: list[str]) -> None:
     (tmp_path / "test.txt").write_text("a text;joy\n")
+    (tmp_path / "plain.csv").write_text("text\na text\n")
     (tmp_path / "bare").symlink_to(tiny_model)
     result = evaluate(*words)
     assert result.code == 2

@@ -1,3 +1,5 @@
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,19 @@ def test_a_long_label_does_not_spare_its_text_the_last_words(parts) -> None:
     assert any(ends) and not all(ends)
 
 
+def test_a_label_after_a_long_text_is_scored_whole(parts) -> None:
+    """Of the text, which is too long, the beginning is left out; the label and end-of-text stand as they are."""
+    model, tokenizer = parts
+    text_format = TextFormat("{text} => {label}", True, 16, LABELS)
+    rows = conditioned_rows(tokenizer, text_format, TEXTS)
+    assert max(map(len, rows["input_ids"])) == 16
+    for ids, first, label in zip(rows["input_ids"], rows["first_target"], LABELS * len(TEXTS), strict=True):
+        assert tokenizer.decode(ids[first:]).strip() == f"{label}<|endoftext|>"
+    scores = label_scores(model, tokenizer, text_format, TEXTS, FLOAT32, World(), 8)
+    ids, first = rows[1]["input_ids"], rows[1]["first_target"]
+    assert scores[0, 1] == pytest.approx(log_probability(model, ids, first), rel=1e-5)
+
+
 def test_a_template_that_glues_label_and_text(parts) -> None:
     """A token that holds the end of the label and the beginning of the text counts."""
     rows = conditioned_rows(parts[1], TextFormat("{label}{text}", True, 50, ["i f", "i"]), ["eel happy"])
@@ -123,3 +138,44 @@ def test_unknown_labels_are_left_out(parts, capsys: pytest.CaptureFixture[str]) 
     assert classify(model, tokenizer, text_format, rows, FLOAT32, World(), 8).confusion.sum() == 2
     assert "1 texts have labels" in capsys.readouterr().err
     assert classify(model, tokenizer, text_format, rows.select([1]), FLOAT32, World(), 8) is None
+
+
+def test_with_and_without_what_train_holds_too() -> None:
+    true, predicted = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+    figures = compare(["joy", "fear"], true, predicted, in_train=np.array([True, False, False, True])).figures()
+    assert (figures["emotion_accuracy"], figures["classified"]) == (0.75, 4)
+    assert (figures["emotion_accuracy_without_overlap"], figures["classified_without_overlap"]) == (0.5, 2)
+    assert "macro_f1_without_overlap_interval" in figures
+    assert "emotion_accuracy_without_overlap" not in compare(["joy", "fear"], true, predicted).figures()
+
+
+def test_the_overlap_is_that_of_the_texts_that_are_classified(parts) -> None:
+    rows = Dataset.from_dict(
+        {"text": TEXTS[:3], "label": ["envy", "joy", "joy"], "in_train": [True, True, False]}
+    )  # fmt: skip
+    text_format = TextFormat("{label}: {text}", True, 100, ["joy", "anger"])
+    figures = classify(*parts, text_format, rows, FLOAT32, World(), 8).figures()
+    assert (figures["classified"], figures["classified_without_overlap"]) == (2, 1)
+
+
+def test_what_is_not_classified_says_why(parts, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = parts
+    rows = Dataset.from_dict({"text": TEXTS[:1], "label": ["joy"]})
+    many = TextFormat("{label}: {text}", True, 100, ["joy", *map(str, range(100))])
+    assert classify(model, tokenizer, many, rows, FLOAT32, World(), 8) is None
+    assert "101 labels" in capsys.readouterr().err
+    broken = GPT2LMHeadModel(model.config).eval()
+    use_packed_attention(broken)
+    broken.transformer.ln_f.weight.data[0] = np.nan
+    text_format = TextFormat("{label}: {text}", True, 100, ["joy", "anger"])
+    assert classify(broken, tokenizer, text_format, rows, FLOAT32, World(), 8) is None
+    assert "NaN" in capsys.readouterr().err
+
+
+def test_many_labels_take_no_more_memory_than_few() -> None:
+    """A resample of 400 labels counts 160,000 cells: a thousand of them at once would be gigabytes."""
+    random = np.random.default_rng(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = compare([str(n) for n in range(400)], random.integers(400, size=100), random.integers(400, size=100))
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 500, "MB"
+    assert 0 <= result.accuracy < 0.1

@@ -8,6 +8,7 @@ from datasets import Dataset
 from test_train import flags
 
 from emoft.duplicates import IN_TRAIN, SIMILARITY, find_matches, mark_duplicates, overlap
+from emoft.errors import UserError
 from emoft.words import runs, words
 
 LONG = "i feel as though the rain would never stop and all my friends had gone away"
@@ -15,7 +16,10 @@ LONG = "i feel as though the rain would never stop and all my friends had gone a
 
 def test_words() -> None:
     assert words("I DIDN’T say: “no”, did I? ﬁne") == ["i", "didnt", "say", "no", "did", "i", "fine"]
-    assert words(" ... ") == []
+    assert words("  ") == []
+    assert (words(" :) "), words(":( :("), words("no :(")) == ([":)"], [":(", ":("], ["no"]), (
+        "signs, where nothing else is"
+    )
     assert words("ខ្ញុំសប្បាយ ចិត្ត") == ["ខ្ញុំសប្បាយ", "ចិត្ត"]
     assert runs(["a", "b", "c"], 2) == ["a b", "b c"]
     assert runs(["a"], 2) == []
@@ -56,21 +60,25 @@ def test_dropping_leaves_no_copy_and_no_overlap(capsys: pytest.CaptureFixture[st
         "train": Dataset.from_dict({"text": ["a b c d", LONG, LONG, "x y z", LONG.replace("friends", "dogs")]}),
         "validation": Dataset.from_dict({"text": ["X, y, z!", "new words here"]}),
     }
-    kept = mark_duplicates(splits, drop=False)
-    assert capsys.readouterr().out == (
-        "duplicates: 1 exact and 1 near in train, 1 and 0 of validation in train; --drop_duplicates leaves them out of"
-        " train\n"
-    )
+    kept, found = mark_duplicates(splits, advice="; drop them")
+    assert found == "duplicates: 1 exact and 1 near in train, 1 and 0 of validation in train; drop them"
     assert len(kept["train"]) == 5
     assert overlap(kept["validation"]).tolist() == [True, False]
-    dropped = mark_duplicates(splits, drop=True)
-    assert "dropped 3 of 5 from train" in capsys.readouterr().out
+    dropped, found = mark_duplicates(splits, drop=True)
+    assert found.endswith("dropped 3 of 5 from train")
     assert dropped["train"]["text"][:] == ["a b c d", LONG]
     assert not any(dropped["validation"][IN_TRAIN])
     matches, (others,) = find_matches(dropped["train"]["text"], [dropped["validation"]["text"]])
     assert not matches.any.any() and not others.any.any()
-    assert mark_duplicates({"train": dropped["train"]}, drop=True)["train"]["text"][:] == ["a b c d", LONG]
-    assert capsys.readouterr().out == "", "nothing to tell"
+    again, found = mark_duplicates({"train": dropped["train"]}, drop=True)
+    assert again["train"]["text"][:] == ["a b c d", LONG]
+    assert found == "", "nothing to tell"
+
+
+def test_something_must_be_left_to_train_on() -> None:
+    texts = Dataset.from_dict({"text": ["a b c d", LONG]})
+    with pytest.raises(UserError, match="nothing of the 2 texts"):
+        mark_duplicates({"train": texts, "validation": texts}, drop=True)
 
 
 def test_a_run_states_its_evaluation_with_and_without_them(run, tiny_model, tmp_path, train_file) -> None:
@@ -88,7 +96,10 @@ def test_a_run_states_its_evaluation_with_and_without_them(run, tiny_model, tmp_
     assert results["emotion_accuracy_interval"][0] <= results["emotion_accuracy"] <= 1
     assert "eval_loss_without_overlap" in result.out
     curves = read_scalars(tmp_path / "run")
-    assert curves["eval/emotion_accuracy"] == {2: pytest.approx(results["emotion_accuracy"])}
+    before, after = (pytest.approx(results[name]) for name in ("emotion_accuracy_before", "emotion_accuracy"))
+    assert curves["eval/emotion_accuracy"] == {0: before, 2: after}
+    assert 0 <= results["emotion_accuracy_without_overlap"] <= 1
+    assert results["macro_f1_before_interval"][0] <= results["macro_f1_before"]
     assert curves["eval/loss"][0] == pytest.approx(results["eval_loss_before"])
     assert curves["eval/bits_per_byte"][2] == pytest.approx(results["bits_per_byte"])
     assert curves["eval/loss_without_overlap"][2] == pytest.approx(results["eval_loss_without_overlap"])
@@ -98,5 +109,5 @@ def test_a_run_states_its_evaluation_with_and_without_them(run, tiny_model, tmp_
     dropped = run("train.py", *words, "--drop_duplicates", "--output_dir=dropped")
     assert dropped.code == 0, dropped.err
     results = json.loads((tmp_path / "dropped/all_results.json").read_text())
-    assert "eval_overlap" not in results
+    assert results["eval_overlap"] == 0
     assert np.isfinite(results["macro_f1"])

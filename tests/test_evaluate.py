@@ -139,9 +139,23 @@ def test_with_and_without_what_the_train_split_holds_too() -> None:
 
 
 def test_a_loss_too_large_for_exp_gives_infinity() -> None:
-    huge = summarize(Scores(np.array([1e4]), np.array([1]), np.array([1])))
+    huge = summarize(Scores(np.array([1e4, 1e4]), np.array([1, 1]), np.array([1, 1])))
     assert huge.perplexity == math.inf
     assert huge.figures()["perplexity_interval"] == [math.inf, math.inf]
+
+
+def test_one_example_tells_nothing_of_how_figures_vary() -> None:
+    alone = summarize(Scores(np.array([30.0]), np.array([10]), np.array([20]))).figures()
+    assert alone["loss"] == 3
+    assert np.isnan(alone["loss_interval"]).all() and np.isnan(alone["perplexity_interval"]).all()
+    assert format_figures(alone).splitlines()[0] == "loss           3.0000"
+
+
+def test_the_overlap_is_told_where_someone_has_looked() -> None:
+    scores = Scores(np.array([10.0, 40.0]), np.array([10, 10]), np.array([20, 20]))
+    assert "overlap" not in summarize(scores).figures()
+    assert summarize(scores, in_train=np.array([False, False])).figures()["overlap"] == 0
+    assert summarize(scores, in_train=np.array([True, True])).figures()["overlap"] == 2
 
 
 def test_a_table_has_the_interval_beside_the_figure() -> None:

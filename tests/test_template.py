@@ -21,6 +21,34 @@ def test_prompt_ends_where_the_words_begin() -> None:
     assert TextFormat("{label}: {text}. The end", labels=["joy"]).prompt("joy", "i") == "joy: i"
 
 
+def test_prompts_of_all_emotions_where_the_template_can_steer() -> None:
+    assert CONDITIONAL.prompts() == {"joy": "joy:", "fear": "fear:"}
+    assert TextFormat("{label}: {text} ({label})", labels=["joy"]).prompts() == {"joy": "joy:"}
+    assert TextFormat("So: {text} ({label})", labels=["joy"]).prompts() == {"text": "So:"}
+
+
+def test_braces_that_are_text() -> None:
+    text_format = TextFormat("{{text}} {label}: {text}{{}}", labels=["joy"])
+    assert text_format.fill("a", "joy") == "{text} joy: a{}"
+    assert text_format.prompt("joy") == "{text} joy:"
+    assert text_format.conditioned_from("a", "joy") == len("{text} joy: ")
+    assert text_format.extract("{text} joy: a{}", "joy") == "a"
+
+
+def test_a_text_may_hold_what_follows_it() -> None:
+    assert TextFormat("{label}: {text}.", labels=["joy"]).extract("joy: i went. then i slept.", "joy") == (
+        "i went. then i slept"
+    )
+    assert TextFormat('"{text}"').extract('"she said "hi" to me"') == 'she said "hi" to me'
+    assert TextFormat("{text}.").extract("it ended early") == "it ended early"
+
+
+def test_where_the_label_begins_after_the_text() -> None:
+    text_format = TextFormat("so: {text} => {label}", labels=["joy"])
+    assert text_format.conditioned_from("a", "joy") == len("so: a => ")
+    assert CONDITIONAL.conditioned_from("a", "joy") == len("joy: ")
+
+
 @pytest.mark.parametrize(
     ("text_format", "label", "told"),
     [
