@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft import errors
 from emoft.config import GenerateConfig, parse_config
-from emoft.errors import UserError
+from emoft.errors import UserError, warn
 from emoft.kernels import use_fast_kernels
 from emoft.model import load_model, load_tokenizer
 from emoft.precision import Precision, choose_device
@@ -28,6 +28,7 @@ from emoft.sampling import (
 from emoft.template import TextFormat
 
 TUTORIAL_PROMPT = "Emotion: i didnt feel well"
+SAMPLING = ("temperature", "top_k", "top_p")  # flags that only --do_sample has a use for
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -45,6 +46,8 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     given = [flag for flag, value in sources.items() if value]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each say what to continue: give one of them")
+    if config.interactive and (config.json or config.num_return_sequences > 1):
+        raise UserError("--interactive prints one text at a time: drop --json and --num_return_sequences")
     if config.text and not config.emotion:
         raise UserError("--text goes with --emotion: add one, or give the whole prompt by --prompt")
     if config.emotion:
@@ -58,7 +61,9 @@ def _lines(name: str) -> list[str]:
     """Return the lines of a file, or of standard input, that are not blank."""
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        prompts = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        # Not splitlines, which takes some characters of a text for ends of lines too.
+        lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        prompts = [line for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(
@@ -99,6 +104,10 @@ def main() -> int:
             f"no folder {name} here: train first with python train.py, or name a model by --model_name_or_path"
         )
     prompts = read_prompts(config)
+    if not config.do_sample:
+        changed = [name for name in SAMPLING if getattr(config, name) != getattr(GenerateConfig, name)]
+        if changed:
+            warn(f"--{changed[0]} shapes random draws, and there are none: add --do_sample")
     tokenizer = load_tokenizer(name)
     model = load_model(name)
     texts = 1 if config.interactive else min(config.batch_size, len(prompts) * config.num_return_sequences)
@@ -106,15 +115,17 @@ def main() -> int:
     model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
     use_fast_kernels(model)
     model.eval()
-    check_prompts(model, tokenizer, prompts, config.max_length, config.max_new_tokens)
+    max_length = config.max_length
+    if max_length == GenerateConfig.max_length:
+        max_length = min(max_length, model.config.n_positions)  # nobody asked a small model for more
+    check_prompts(model, tokenizer, prompts, max_length, config.max_new_tokens)
 
-    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     options: dict[str, Any] = {
-        "max_length": config.max_length,
+        "max_length": max_length,
         "max_new_tokens": config.max_new_tokens,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
         "do_sample": config.do_sample,
-        **(sampling if config.do_sample else {}),
+        **({name: getattr(config, name) for name in SAMPLING} if config.do_sample else {}),
     }
     torch.manual_seed(config.seed)
     if config.interactive:

@@ -27,7 +27,7 @@ from emoft.checkpoint import Saver, find_checkpoint, locked, prepare_output_dir
 from emoft.classify import Classification, classify
 from emoft.config import CONFIG_FILE, TrainConfig, parse_config, save_config
 from emoft.contrast import WrongLabels, label_contrast
-from emoft.data import checksum, read_splits, tokenize, unigram_entropy
+from emoft.data import check_room, checksum, read_splits, tokenize, unigram_entropy
 from emoft.distributed import World
 from emoft.duplicates import mark_duplicates
 from emoft.evaluate import Evaluation, evaluate, format_figures
@@ -61,12 +61,12 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
     if checkpoint:
         config = dataclasses.replace(config, model_name_or_path=str(checkpoint), config_overrides="", tokenizer_name="")
     model, tokenizer = load_model_and_tokenizer(config, texts)
-    return (
-        model,
-        tokenizer,
-        text_format,
-        {name: tokenize(s, tokenizer, text_format, name, name != "train") for name, s in splits.items()},
-    )
+    check_room(tokenizer, text_format)
+    tokenized = {
+        name: tokenize(rows, tokenizer, text_format, name, keep_columns=name != "train")
+        for name, rows in splits.items()
+    }
+    return model, tokenizer, text_format, tokenized
 
 
 def train(

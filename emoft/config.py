@@ -81,7 +81,7 @@ class TrainConfig:
         False, "leave out of train what it holds twice, exactly or nearly, and what the evaluation splits hold too"
     )
     max_train_samples: CountOrOff = option(0, "train on the first so many examples (0: all)")
-    max_eval_samples: CountOrOff = option(0, "evaluate on the first so many examples (0: all)")
+    max_eval_samples: CountOrOff = option(0, "evaluate on the first so many examples of each split (0: all)")
 
     # Steps
     num_train_epochs: Positive = option(3.0, "passes over the train split")
@@ -214,7 +214,9 @@ class EvaluateConfig:
     top_p: Annotated[float, Check(lambda value: 0 < value <= 1, "must be above 0 and at most 1")] = option(
         1.0, "of these texts: draw from the likeliest tokens that hold this probability together"
     )
-    no_repeat_ngram_size: CountOrOff = option(2, "of these texts: no sequence of so many tokens occurs twice (0: off)")
+    no_repeat_ngram_size: CountOrOff = option(
+        0, "of these texts: no sequence of so many tokens occurs twice (0: off, so that repetition can be measured)"
+    )
     seed: Seed = option(42, "of these texts")
 
     # Output and speed

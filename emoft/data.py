@@ -54,9 +54,9 @@ def read_splits(config: TrainConfig) -> tuple[dict[str, Dataset], TextFormat]:
         feature = raw["train"].features[config.label_column]
         labels = feature.names if isinstance(feature, ClassLabel) else sorted(splits["train"].unique("label"))
         text_format = TextFormat(config.template, config.append_eos, config.max_length, list(labels))
-    for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
-        if limit and split in splits:
-            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+    for split, rows in splits.items():
+        if limit := config.max_train_samples if split == "train" else config.max_eval_samples:
+            splits[split] = rows.select(range(min(limit, len(rows))))
     return splits, text_format
 
 
@@ -332,6 +332,21 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) 
 def most_characters(tokenizer: GPT2Tokenizer, max_length: int) -> int:
     """Return a number of characters beyond which nothing of a text is kept: a line may be a whole book."""
     return (max_length + 1) * max(map(len, tokenizer.get_vocab()))
+
+
+def check_room(tokenizer: GPT2Tokenizer, text_format: TextFormat) -> None:
+    """See that what stands before a text leaves room for it.
+
+    Raises:
+        UserError: it does not.
+    """
+    for prompt in text_format.prompts().values():
+        length = len(tokenizer(prompt, verbose=False)["input_ids"])
+        if length >= text_format.max_length:
+            raise UserError(
+                f"--max_length {text_format.max_length} leaves no room for a text: what stands before it, {prompt!r},"
+                f" has {length} tokens, raise it"
+            )
 
 
 def tokenize(

@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +50,23 @@ def check_prompts(
     Raises:
         UserError: one does not; it is named by its number, from 1.
     """
+    positions = model.config.n_positions
     for number, prompt in enumerate(prompts, start=1):
         length = len(encode_prompt(tokenizer, prompt))
         limit = length + max_new_tokens if max_new_tokens else max_length
-        if limit > model.config.n_positions:
+        flag = f"--max_new_tokens {max_new_tokens}" if max_new_tokens else f"--max_length {max_length}"
+        if length >= positions:
             raise UserError(
-                f"prompt {number}: {limit} tokens are more than the model's {model.config.n_positions} positions:"
-                " lower --max_new_tokens or --max_length"
+                f"prompt {number} has {length} tokens, too many for {flag} and for the model, which has {positions}"
+                " positions: shorten it"
+            )
+        if limit > positions:
+            raise UserError(
+                f"prompt {number} has {length} tokens, and {flag} asks for {limit} in all, more than the model's"
+                f" {positions} positions: lower it"
             )
         if length >= limit:
-            raise UserError(f"prompt {number} has {length} tokens, no less than --max_length {limit}: raise it")
+            raise UserError(f"prompt {number} has {length} tokens, no less than {flag}: raise it")
 
 
 @torch.no_grad()  # not inference_mode: the weights that FSDP gathers in it could not be trained any more
@@ -89,24 +96,36 @@ def generate_batch(
         For each prompt its result.
     """
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    width = max(map(len, rows))
-    eos = tokenizer.eos_token_id
-    input_ids = torch.tensor([[eos] * (width - len(row)) + row for row in rows], device=model.device)
-    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     room = [max_new_tokens or max_length - len(row) for row in rows]
-    if min(map(len, rows)) < width and width + max(room) > model.config.n_positions:
-        # The library lets all rows grow by the same count, the longest beyond the model's positions.
-        limits = {"max_length": max_length, "max_new_tokens": max_new_tokens}
-        options |= {"no_repeat_ngram_size": no_repeat_ngram_size, **limits}
-        return _by_length(rows, prompts, lambda part: generate_batch(model, tokenizer, part, **options))
+    end = tokenizer.eos_token_id
+    results = []
+    for prompt, new in zip(
+        prompts, _continue(model, end, rows, room, no_repeat_ngram_size, options, streamer), strict=True
+    ):
+        finished = end in new
+        new = new[: new.index(end)] if finished else new
+        results.append(Generated(prompt, prompt + decode(tokenizer, new), len(new), finished))
+    return results
+
+
+def _continue(
+    model: GPT2LMHeadModel, end: int, rows: list[list[int]], room: list[int], no_repeat_ngram_size: int,
+    options: dict[str, Any], streamer: BaseStreamer | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """Return the new tokens of each row, as many as it has room for or up to its end-of-text."""
+    width = max(map(len, rows))
+    # The library lets all rows grow by the same count: by no more than the longest has positions left.
+    most = min(max(room), model.config.n_positions - width)
+    input_ids = torch.tensor([[end] * (width - len(row)) + row for row in rows], device=model.device)
+    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     rules = LogitsProcessorList()
     if no_repeat_ngram_size:
         rules.append(NoRepeatNGram(no_repeat_ngram_size, [width - len(row) for row in rows]))
     config = GenerationConfig(
-        max_new_tokens=max(room),
-        eos_token_id=eos,
-        pad_token_id=eos,
-        bos_token_id=eos,
+        max_new_tokens=most,
+        eos_token_id=end,
+        pad_token_id=end,
+        bos_token_id=end,
         remove_invalid_values=True,  # a model with NaN in it writes nonsense, but ends no training
         **options,
     )
@@ -119,24 +138,16 @@ def generate_batch(
         # Each forward pass of a sharded model is a collective: none may end before the others, whatever it has drawn.
         synced_gpus=is_sharded(model),
     )
-    results = []
-    for prompt, row, limit, sequence in zip(prompts, rows, room, output[:, width:].tolist(), strict=True):
-        new = sequence[:limit]
-        finished = eos in new
-        new = new[: new.index(eos)] if finished else new
-        results.append(Generated(prompt, decode(tokenizer, row + new), len(new), finished))
-    return results
-
-
-def _by_length(
-    rows: list[list[int]], prompts: Sequence[str], generate: Callable[[list[str]], list[Generated]]
-) -> list[Generated]:
-    """Generate the prompts of each length, in tokens, by themselves."""
-    results: dict[int, Generated] = {}
-    for length in sorted({len(row) for row in rows}):
-        numbers = [number for number, row in enumerate(rows) if len(row) == length]
-        results.update(zip(numbers, generate([prompts[number] for number in numbers]), strict=True))
-    return [results[number] for number in range(len(rows))]
+    new = [sequence[:limit] for sequence, limit in zip(output[:, width:].tolist(), room, strict=True)]
+    # Shorter rows may have room left, which they get without the longest.
+    unfinished = [number for number, tokens in enumerate(new) if end not in tokens and len(tokens) < room[number]]
+    if unfinished:
+        longer = [rows[number] + new[number] for number in unfinished]
+        left = [room[number] - len(new[number]) for number in unfinished]
+        rest = _continue(model, end, longer, left, no_repeat_ngram_size, options)
+        for number, tokens in zip(unfinished, rest, strict=True):
+            new[number] += tokens
+    return new
 
 
 def choose_generation_precision(name: str, device: torch.device, texts: int) -> Precision:
@@ -170,12 +181,13 @@ def generate_all(
     Yields:
         For each prompt, in the order given, its results.
     """
+    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in prompts]
     wanted = [number for number in range(len(prompts)) for _ in range(num_return_sequences)]
     results: dict[int, list[Generated]] = {}
     following = 0  # the prompt whose results come next
     for start in range(0, len(wanted), WINDOW * batch_size):
         window = wanted[start : start + WINDOW * batch_size]
-        window.sort(key=lambda number: len(encode_prompt(tokenizer, prompts[number])))
+        window.sort(key=lengths.__getitem__)
         for place in range(0, len(window), batch_size):
             part = window[place : place + batch_size]
             with precision.autocast():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import screenshots
 from conftest import WarmScripts
+from PIL import ImageFont
 from test_train import flags
 
 from emoft.charts import GROUPS, LAYOUT, TAGS, VIRIDIS, confusion_map, heat_map
@@ -43,7 +44,7 @@ def test_the_confusion_matrix_is_colored_by_the_share_of_the_true_label() -> Non
     picture = confusion_map(["joy", "fear", "surprise"], counts)
     assert picture.dtype == np.uint8
     cell = 84 if picture.shape[0] == 84 + 3 * 84 + 16 else (picture.shape[0] - 100) // 3
-    left = picture.shape[1] - 16 - 3 * cell
+    left = round(ImageFont.load_default(20).getlength("surprise")) + 24
 
     def color(row: int, column: int) -> tuple[int, ...]:
         return tuple(picture[84 + row * cell + 4, left + column * cell + 4])  # a corner, beside the count
@@ -51,7 +52,13 @@ def test_the_confusion_matrix_is_colored_by_the_share_of_the_true_label() -> Non
     assert color(0, 0) == VIRIDIS[-1]
     assert color(1, 0) == color(1, 1) == VIRIDIS[4]
     assert color(0, 1) == color(1, 2) == color(2, 2) == VIRIDIS[0], "a label without texts has shares of 0"
-    assert confusion_map(["x" * 30] * 20, np.eye(20, dtype=int)).ndim == 3
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], ["x" * 30] * 20, ["ភ័យ", "joy"], [str(n) for n in range(400)]])
+def test_the_confusion_matrix_of_any_labels(labels: list[str]) -> None:
+    picture = confusion_map(labels, np.eye(len(labels), dtype=int))
+    assert 550 < picture.shape[1] < 3000, "the title fits, and so does the picture on a screen"
+    assert picture.shape[0] < 2700
 
 
 class TestInTensorBoard:

@@ -101,8 +101,15 @@ def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
 
 def test_the_first_so_many_samples(tmp_path: Path) -> None:
     path, _ = write(tmp_path, ".csv")
-    splits, _ = read_splits(config(path, validation_file=str(path), max_train_samples=2, max_eval_samples=100))
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2, "validation": len(ROWS)}
+    files = {"validation_file": str(path), "test_file": str(path)}
+    splits, _ = read_splits(config(path, **files, max_train_samples=2, max_eval_samples=100))
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "train": 2,
+        "validation": len(ROWS),
+        "test": len(ROWS),
+    }
+    splits, _ = read_splits(config(path, **files, max_eval_samples=1))
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [len(ROWS), 1, 1]
 
 
 class TestTokens:

@@ -56,6 +56,7 @@ FLAGS = [
     (["--adam_beta1=1"], ["--adam_beta1", "below 1"]),
     (["--max_length=1"], ["--max_length 1", "at least 2"]),
     (["--max_length=129"], ["--max_length 129", "128 positions"]),
+    (["--max_length=3", "--template=The emotion: {text}"], ["--max_length 3", "The emotion:"]),
     (["--warmup_steps=2"], ["--warmup_steps 2", "1 steps"]),
     (["--template=Emotion"], ["--template", "{text}"]),
     (["--template={text} {mood}"], ["{mood}", "{label}"]),
@@ -232,12 +233,13 @@ class TestGenerate:
             (["--prompt=" + "a b " * 100], ["prompt 1", "--max_length 100"]),
             (["--max_length=129"], ["129", "128 positions"]),
             (["--max_new_tokens=500"], ["128 positions"]),
+            (["--interactive", "--json"], ["--interactive", "drop --json"]),
             (["--num_return_sequences=2"], ["--num_return_sequences", "--do_sample"]),
             (["--temperature=0"], ["--temperature", "above 0"]),
             (["--top_p=1.5"], ["--top_p", "at most 1"]),
             (["--batch_size=0"], ["--batch_size"]),
         ],
-        ids=range(11),
+        ids=range(12),
     )
     def test_flags(self, run: Callable[..., Result], plain: Path, words: list[str], parts: list[str]) -> None:
         refused(run("generate.py", f"--model_name_or_path={plain}", *words), *parts)

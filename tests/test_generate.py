@@ -96,6 +96,35 @@ def test_prompts_from_a_file_and_from_standard_input(generate: Callable[..., Res
     assert generate("--prompts_file", "-", stdin="\n".join(prompts)).out == expected
 
 
+def test_a_prompt_is_a_line_and_stands_whole_before_its_continuation(generate, tmp_path: Path) -> None:
+    prompts = ["i feel\u2028so", "the <|endoftext|> of it"]  # a line separator of Unicode ends no line of a file
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    out = generate("--prompts_file", "prompts.txt", "--json").out
+    rows = [json.loads(line) for line in out.removesuffix("\n").split("\n")]
+    assert [row["prompt"] for row in rows] == prompts
+    assert all(row["text"].startswith(row["prompt"]) for row in rows)
+
+
+def test_the_default_length_suits_a_small_model(run, tiny_model: Path, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(tiny_model)
+    model.config.n_positions = 32
+    GPT2LMHeadModel(model.config).save_pretrained(tmp_path / "small")
+    GPT2Tokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "small")
+    result = run("generate.py", "--model_name_or_path=small", "--json")
+    assert result.code == 0, result.err
+    row = json.loads(result.out)
+    prompt = GPT2Tokenizer.from_pretrained(tiny_model)(row["prompt"])["input_ids"]
+    assert row["finished"] or row["new_tokens"] == 32 - len(prompt)
+    asked = run("generate.py", "--model_name_or_path=small", "--max_length=40")
+    assert asked.code == 2 and "32 positions" in asked.error_lines[-1]
+
+
+def test_flags_that_have_no_effect_are_told(generate: Callable[..., Result]) -> None:
+    result = generate("--prompt", "i feel", "--temperature", 0.5)
+    assert result.err.startswith("warning: --temperature")
+    assert "warning" not in generate("--prompt", "i feel", "--temperature", 0.5, "--do_sample").err
+
+
 def test_sampling(generate: Callable[..., Result]) -> None:
     words = ["--prompt", "i feel", "--do_sample", "--num_return_sequences", 5, "--max_new_tokens", 8, "--json"]
     first = [json.loads(line) for line in generate(*words).out.splitlines()]

@@ -46,6 +46,10 @@ def test_prompts_of_different_lengths_stay_within_the_positions(parts: tuple) ->
     """Beside a short prompt, which has more room, a long one must not grow beyond the model's 128 positions."""
     prompts = ["i", "i feel happy because my friends " * 6, "i was so sad", "i"]
     results = generate_batch(*parts, prompts, max_length=128)
+    assert [result.finished or len(parts[1](result.text)["input_ids"]) <= 128 for result in results] == [True] * 4
+    for repeat in (0, 3):
+        for prompt, result in zip(prompts, generate_batch(*parts, prompts, 128, 0, repeat), strict=True):
+            assert result.text == generate_batch(*parts, [prompt], 128, 0, repeat)[0].text
     for prompt, result in zip(prompts, results, strict=True):
         assert result.prompt == prompt
         assert result.text == generate_batch(*parts, [prompt], max_length=128)[0].text
@@ -77,8 +81,10 @@ def test_a_prompt_without_room_is_named_by_its_number(parts: tuple) -> None:
     check_prompts(*parts, ["i", "we"], max_length=20)
     with pytest.raises(UserError, match="prompt 2 has"):
         check_prompts(*parts, ["i", "we " * 40], max_length=20)
-    with pytest.raises(UserError, match="128 positions"):
+    with pytest.raises(UserError, match="--max_new_tokens 128 asks for 129 in all"):
         check_prompts(*parts, ["i"], max_length=20, max_new_tokens=128)
+    with pytest.raises(UserError, match="shorten it"):
+        check_prompts(*parts, ["we " * 200], max_length=20)
 
 
 def test_a_training_is_left_as_it_was(parts: tuple) -> None:
