@@ -106,7 +106,7 @@ def train(
     wrong_labels = None
     if config.label_contrast:
         wrong_labels = WrongLabels(tokenizer, text_format, config.contrast_labels, config.seed)
-        wrong_labels.rivals(list(islice(train_data, 1000)), epoch=0)  # does the template allow it?
+        wrong_labels.check(train_data)
 
     steps_per_epoch = math.ceil(len(train_data) / step_size)
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
@@ -217,7 +217,7 @@ def train(
             steps = epoch_batches(len(train_data), step_size, config.seed, epoch)[steps_done:]
             shares = [world.share(examples, config.per_device_train_batch_size) for examples in steps]
             pad_id = tokenizer.eos_token_id
-            rivals = functools.partial(wrong_labels.rivals, epoch=epoch) if wrong_labels else None
+            rivals = functools.partial(wrong_labels.with_rivals, epoch=epoch) if wrong_labels else None
             parts = list(chain(*shares))
             micro_batches = iter(build_loader(train_data, parts, pad_id, device, config.batching, rivals))
 

@@ -31,6 +31,7 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each example
     target_tokens: int  # of them, those that are predicted: all but the first of each example, if it names no other
     rivals: int = 0  # examples at the end that are those before under wrong labels: see `emoft.contrast`
+    contrasted: Tensor | None = None  # (K,) bool: which targets count when texts are compared with their rivals
 
     @property
     def examples(self) -> int:
@@ -75,7 +76,9 @@ class Batch:
 
     def _each_tensor(self, function: Any) -> "Batch":
         inputs = {name: function(value) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, predicting=function(self.predicting), targets=function(self.targets))
+        contrasted = None if self.contrasted is None else function(self.contrasted)
+        predicting, targets = function(self.predicting), function(self.targets)
+        return replace(self, inputs=inputs, predicting=predicting, targets=targets, contrasted=contrasted)
 
 
 def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -141,7 +144,12 @@ def pack(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
         "padded_index": torch.from_numpy(np.repeat(np.arange(len(lengths)) * longest, lengths) + offsets),
         "longest": longest,
     }
-    return _batch(inputs, torch.from_numpy(labels)[None], examples, multiple)
+    spans = _contrasted(rows)
+    contrasted = None
+    if spans is not None:
+        first, last = np.repeat(np.pad(spans, ((0, len(lengths) - len(rows)), (0, 0))), lengths, axis=0).T
+        contrasted = ((offsets >= first) & (offsets < last))[None]
+    return _batch(inputs, labels[None], examples, multiple, contrasted)
 
 
 def pad(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
@@ -161,7 +169,9 @@ def pad(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
     is_target = mask & (np.arange(max(lengths)) >= np.array(_first_targets(rows) or [1])[:, None])
     labels = np.where(is_target, ids, IGNORED)
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
-    return _batch(inputs, torch.from_numpy(labels), tuple(lengths.tolist()[: len(rows)]), multiple)
+    spans, places = _contrasted(rows), np.arange(max(lengths))
+    contrasted = None if spans is None else (places >= spans[:, :1]) & (places < spans[:, 1:])
+    return _batch(inputs, labels, tuple(lengths.tolist()[: len(rows)]), multiple, contrasted)
 
 
 def _first_targets(rows: list[dict[str, Any]]) -> list[int]:
@@ -172,17 +182,30 @@ def _first_targets(rows: list[dict[str, Any]]) -> list[int]:
     return [max(1, row.get("first_target", 1)) for row in rows]
 
 
-def _batch(inputs: dict[str, Any], labels: Tensor, lengths: tuple[int, ...], multiple: int) -> Batch:
+def _contrasted(rows: list[dict[str, Any]]) -> np.ndarray | None:
+    """Return (E, 2) int64, from which token to which each example is compared with its rivals; None without any."""
+    return np.array([row["contrasted"] for row in rows]) if rows and "contrasted" in rows[0] else None
+
+
+def _batch(
+    inputs: dict[str, Any], labels: np.ndarray, lengths: tuple[int, ...], multiple: int, contrasted: np.ndarray | None
+) -> Batch:
     """Shift the labels and list the places that predict; on the CPU, because a GPU would wait for that list."""
-    targets = shift_labels(labels).flatten()
+    targets = shift_labels(torch.from_numpy(labels)).flatten()
     predicting = (targets != IGNORED).nonzero().flatten()
     filling = -len(predicting) % multiple
+
+    def filled(values: Tensor, value: int = 0) -> Tensor:
+        return torch.nn.functional.pad(values, (0, filling), value=value)
+
     return Batch(
         inputs,
-        predicting=torch.nn.functional.pad(predicting, (0, filling)),
-        targets=torch.nn.functional.pad(targets[predicting], (0, filling), value=IGNORED),
+        predicting=filled(predicting),
+        targets=filled(targets[predicting], IGNORED),
         lengths=lengths,
         target_tokens=len(predicting),
+        # A place is compared by the token that it predicts, the next one.
+        contrasted=None if contrasted is None else filled(torch.from_numpy(contrasted).flatten()[predicting + 1]),
     )
 
 
@@ -205,7 +228,7 @@ def build_loader(
     pad_id: int,
     device: torch.device,
     batching: str,
-    rivals: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+    with_rivals: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None,
 ) -> DataLoader[Batch]:
     """Return a DataLoader over the given batches.
 
@@ -215,13 +238,13 @@ def build_loader(
         pad_id: of the token that fills up.
         device: decides to which multiple.
         batching: "packed" or "padded".
-        rivals: gives, for some rows, others that follow them in the batch; see `emoft.contrast`.
+        with_rivals: gives, for some rows, these and others that follow them in the batch; see `emoft.contrast`.
     """
 
     def collate(rows: list[dict[str, Any]]) -> Batch:
         lay_out = {"packed": pack, "padded": pad}[batching]
-        others = rivals(rows) if rivals else []
-        return replace(lay_out(rows + others, pad_id, MULTIPLE[device.type]), rivals=len(others))
+        laid_out = with_rivals(rows) if with_rivals and rows else rows
+        return replace(lay_out(laid_out, pad_id, MULTIPLE[device.type]), rivals=len(laid_out) - len(rows))
 
     return DataLoader(
         rows,

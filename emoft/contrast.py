@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 from transformers import GPT2Tokenizer
 
@@ -41,30 +42,49 @@ class WrongLabels:
         prefixes: list[list[int]] = tokenizer(prompts, verbose=False)["input_ids"]
         self.prefixes = sorted(prefixes, key=len, reverse=True)  # one may begin like another: the longest fits first
         self.count = min(count, len(prefixes) - 1)
-        self.longest_text, self.seed = text_format.max_length, seed
+        self.max_length, self.seed = text_format.max_length, seed
 
-    def rivals(self, rows: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
-        """Return the first rival of each row, then the second of each, and so on.
-
-        Their labels are a function of seed, epoch and text: the same on any rank and after a resume.
+    def check(self, rows: Dataset) -> None:
+        """See that each text of a tokenized split begins with what stands before the texts of a label.
 
         Raises:
-            UserError: a text does not begin with what stands before the texts of a label.
+            UserError: one does not.
         """
-        rivals = [self._rivals(row["input_ids"], epoch) for row in rows]
-        return [{"input_ids": ids} for turn in zip(*rivals, strict=True) for ids in turn]
+        for batch in rows.select_columns("input_ids").iter(batch_size=1000):
+            for ids in batch["input_ids"]:
+                self._own(ids)
 
-    def _rivals(self, ids: list[int], epoch: int) -> list[list[int]]:
-        own = next((n for n, prefix in enumerate(self.prefixes) if ids[: len(prefix)] == prefix), None)
+    def with_rivals(self, rows: list[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:
+        """Return the rows, then the first rival of each, then the second of each, and so on.
+
+        Each has "contrasted" beside its "input_ids": from which token to which it is compared with its rivals. That is
+        the text alone, cut to what of it fits under all of these labels. The rivals' labels are a function of seed,
+        epoch and text: the same on any rank and after a resume.
+        """
+        turns = zip(*[self._with_rivals(row["input_ids"], epoch) for row in rows], strict=True)
+        return [row for turn in turns for row in turn]
+
+    def _with_rivals(self, ids: list[int], epoch: int) -> list[dict[str, Any]]:
+        own = self._own(ids)
+        text = ids[len(own) :]
+        random = np.random.default_rng((self.seed, epoch, *ids))
+        others = [prefix for prefix in self.prefixes if prefix is not own]
+        drawn = [others[n] for n in random.choice(len(others), self.count, replace=False)]
+        common = text[: max(0, self.max_length - max(map(len, [own, *drawn])))]
+        rows = [ids, *(prefix + common for prefix in drawn)]
+        return [
+            {"input_ids": row, "contrasted": (len(prefix), len(prefix) + len(common))}
+            for row, prefix in zip(rows, [own, *drawn], strict=True)
+        ]
+
+    def _own(self, ids: list[int]) -> list[int]:
+        own = next((prefix for prefix in self.prefixes if ids[: len(prefix)] == prefix), None)
         if own is None:
             raise UserError(
-                "--label_contrast: in this template a token holds both the label and the text: put a blank or a colon"
-                " between {label} and {text}"
+                "--label_contrast: with this template, a token holds both the end of a label and the beginning of a"
+                " text: put a colon and a blank between them, as in '{label}: {text}'"
             )
-        random = np.random.default_rng((self.seed, epoch, *ids))
-        others = [prefix for n, prefix in enumerate(self.prefixes) if n != own]
-        drawn = random.choice(len(others), self.count, replace=False)
-        return [(others[n] + ids[len(self.prefixes[own]) :])[: self.longest_text] for n in drawn]
+        return own
 
 
 def label_contrast(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -75,12 +95,13 @@ def label_contrast(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Args:
         losses: (K,), of `cross_entropy`.
-        batch: holds the rivals of its texts after them, as `WrongLabels.rivals` orders them; or none, and then there is
-            no contrast.
+        batch: holds texts and their rivals, of `WrongLabels.with_rivals`; or no rivals, and then there is no contrast.
     """
-    if not batch.rivals:
+    if batch.contrasted is None:
         return losses.sum(), losses.new_zeros(())
     owners = batch.owners().to(losses.device).flatten()[batch.predicting]  # (K,)
     owners = owners.clamp(min=0)  # of what only fills up, whose losses are 0
-    nats = losses.new_zeros(len(batch.lengths)).index_add(0, owners, losses).view(-1, batch.examples)
-    return nats[0].sum(), F.cross_entropy(-nats.T, nats.new_zeros(batch.examples, dtype=torch.long), reduction="sum")
+    of_texts = torch.where(owners < batch.examples, losses, 0).sum()
+    nats = losses.new_zeros(len(batch.lengths)).index_add(0, owners, torch.where(batch.contrasted, losses, 0))
+    nats = nats.view(-1, batch.examples)  # (1 + rivals of each, E)
+    return of_texts, F.cross_entropy(-nats.T, nats.new_zeros(batch.examples, dtype=torch.long), reduction="sum")
