@@ -191,9 +191,7 @@ def train(
     guard = NonFiniteGuard(optimizer, precision, config.on_nonfinite)
     entropy, peak_flops = unigram_entropy(train_data), measure_flops(precision)
     tracker = Tracker(config, run, total_steps, steps_per_epoch, model.config, entropy, peak_flops, device, world)
-    state = functools.partial(
-        capture_state, config, world, step_size, data_checksum, optimizer, schedule, precision
-    )  # fmt: skip
+    state = functools.partial(capture_state, config, world, step_size, data_checksum, optimizer, schedule, precision)
     saver = Saver(config, world, output_dir, model, tokenizer, text_format, tracker, state)
     with StopSignals(world) as signals, tracker:
         if run.evaluation_due:
@@ -334,6 +332,8 @@ def train(
         if "test" in tokenized:
             for test in (evaluation_of("test"), classification_of("test")):
                 results |= {f"test_{name}": value for name, value in (test.figures() if test else {}).items()}
+        if signals.received:
+            tracker.warn(f"{signals.name} came at the end: figures may be missing, python -m emoft.evaluate tells them")
         samples = sample_texts(model, tokenizer, text_format, config.seed)
         tracker.log_samples(samples)
         tracker.log_results(results)
