@@ -27,7 +27,7 @@ from emoft.checkpoint import Saver, find_checkpoint, locked, prepare_output_dir
 from emoft.classify import Classification, classify
 from emoft.config import CONFIG_FILE, TrainConfig, parse_config, save_config
 from emoft.contrast import WrongLabels, label_contrast
-from emoft.data import check_room, checksum, read_splits, tokenize, unigram_entropy
+from emoft.data import read_splits
 from emoft.distributed import World
 from emoft.duplicates import mark_duplicates
 from emoft.evaluate import Evaluation, evaluate, format_figures
@@ -46,6 +46,7 @@ from emoft.resume import capture_state, check_data, examples_per_step, load_stat
 from emoft.sampling import sample_texts
 from emoft.signals import StopSignals
 from emoft.template import TextFormat
+from emoft.tokens import check_room, checksum, tokenize, unigram_entropy
 from emoft.tracking import RunState, Tracker
 
 Loaded = tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, dict[str, Dataset]]

@@ -17,7 +17,7 @@ from emoft.attention import use_packed_attention
 from emoft.charts import confusion_map
 from emoft.classify import Classification, classify, log_prior
 from emoft.config import EvaluateConfig, parse_config
-from emoft.data import read_evaluation_splits, tokenize
+from emoft.data import read_evaluation_splits
 from emoft.distributed import World
 from emoft.duplicates import mark_duplicates
 from emoft.errors import UserError, warn
@@ -27,6 +27,7 @@ from emoft.model import load_model, load_tokenizer
 from emoft.precision import Precision, choose_device
 from emoft.quality import IndependentClassifier, TrainingTexts, assess, format_quality, sample
 from emoft.template import FILE_NAME, TextFormat
+from emoft.tokens import tokenize
 from emoft.tracking import finite, write_json
 
 RESULTS_FILE, SAMPLES_FILE, CONFUSION_FILE = "evaluation.json", "samples.jsonl", "confusion.png"

@@ -21,7 +21,6 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.batching import split_loader
 from emoft.bootstrap import Interval, intervals, renamed
-from emoft.data import most_characters
 from emoft.distributed import World
 from emoft.duplicates import overlap
 from emoft.errors import warn
@@ -29,6 +28,7 @@ from emoft.evaluate import score_examples
 from emoft.precision import Precision
 from emoft.signals import StopSignals
 from emoft.template import TextFormat
+from emoft.tokens import most_characters
 
 PAIRS = 6_000  # of a text and a label, tokenized at a time
 MOST_LABELS = 100  # each costs another evaluation

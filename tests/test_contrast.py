@@ -14,10 +14,10 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 from emoft.attention import use_packed_attention
 from emoft.batching import pack, pad
 from emoft.contrast import WrongLabels, label_contrast
-from emoft.data import encode
 from emoft.errors import UserError
 from emoft.loss import cross_entropy
 from emoft.template import TextFormat
+from emoft.tokens import encode
 
 LABELS = ["anger", "fear", "joy", "love", "sadness", "surprise"]
 FORMAT = TextFormat("{label}: {text}", True, 64, LABELS)

@@ -9,12 +9,12 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.attention import use_packed_attention
 from emoft.batching import build_loader, length_sorted_batches
-from emoft.data import encode
 from emoft.distributed import World
 from emoft.evaluate import Evaluation, Scores, evaluate, format_figures, score_examples, summarize
 from emoft.model import byte_lengths, fresh_model, train_tokenizer
 from emoft.precision import Precision
 from emoft.template import TextFormat
+from emoft.tokens import encode
 
 CPU = torch.device("cpu")
 FLOAT32 = Precision("no", CPU)

@@ -5,9 +5,9 @@ from conftest import SENTENCES
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.batching import pack, pad
-from emoft.data import encode
 from emoft.loss import IGNORED, cross_entropy, shift_labels
 from emoft.template import TextFormat
+from emoft.tokens import encode
 
 X = IGNORED
 

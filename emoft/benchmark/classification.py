@@ -15,13 +15,13 @@ from emoft.benchmark.config import BenchmarkConfig, Report, draw_lengths
 from emoft.benchmark.generation import SENTENCE, load
 from emoft.classify import classify
 from emoft.config import TrainConfig
-from emoft.data import encode
 from emoft.distributed import World
 from emoft.evaluate import evaluate
 from emoft.kernels import use_fast_kernels
 from emoft.machine import synchronize
 from emoft.precision import Precision, choose_device
 from emoft.template import TextFormat
+from emoft.tokens import encode
 
 LABELS = list("abcdef")  # of one token each
 
