@@ -15,6 +15,7 @@ import torch
 torch.set_num_threads(1)  # see `environment`
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for the scripts of this folder that are run by themselves
 SENTENCES = [
     ("i feel happy because my friends came to visit", "joy"),
     ("i was so sad when the rain spoiled our walk", "sadness"),

@@ -1,4 +1,4 @@
-"""Data files as they should not be: `PYTHONPATH=. python tests/fuzz.py [CASES]`.
+"""Data files as they should not be: `python tests/fuzz.py [CASES]`.
 
 train.py takes a step on each, in a process of its own, and must succeed or end with exit code 2 and a line that names
 the file: never a traceback, a crash, or more than 20 seconds.
