@@ -98,10 +98,9 @@ def generate_batch(
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     room = [max_new_tokens or max_length - len(row) for row in rows]
     end = tokenizer.eos_token_id
+    continued = _continue(model, end, rows, room, no_repeat_ngram_size, options, streamer)
     results = []
-    for prompt, new in zip(
-        prompts, _continue(model, end, rows, room, no_repeat_ngram_size, options, streamer), strict=True
-    ):
+    for prompt, new in zip(prompts, continued, strict=True):
         finished = end in new
         new = new[: new.index(end)] if finished else new
         results.append(Generated(prompt, prompt + decode(tokenizer, new), len(new), finished))
