@@ -13,11 +13,9 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft import errors
 from emoft.config import GenerateConfig, parse_config
+from emoft.data.template import TextFormat
 from emoft.errors import UserError, warn
-from emoft.kernels import use_fast_kernels
-from emoft.model import load_model, load_tokenizer
-from emoft.precision import Precision, choose_device
-from emoft.sampling import (
+from emoft.model.generation import (
     Generated,
     TerminalStreamer,
     check_prompts,
@@ -25,7 +23,9 @@ from emoft.sampling import (
     generate_all,
     generate_batch,
 )
-from emoft.template import TextFormat
+from emoft.model.kernels import use_fast_kernels
+from emoft.model.loading import load_model, load_tokenizer
+from emoft.training.precision import Precision, choose_device
 
 TUTORIAL_PROMPT = "Emotion: i didnt feel well"
 SAMPLING = ("temperature", "top_k", "top_p")  # flags that only --do_sample has a use for

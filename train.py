@@ -21,33 +21,42 @@ from datasets import Dataset
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft import errors
-from emoft.attention import use_packed_attention
-from emoft.batching import build_loader, epoch_batches, target_tokens, token_lengths
-from emoft.checkpoint import Saver, find_checkpoint, locked, prepare_output_dir
-from emoft.classify import Classification, classify
-from emoft.config import CONFIG_FILE, TrainConfig, parse_config, save_config
-from emoft.contrast import WrongLabels, label_contrast
-from emoft.data import read_splits
-from emoft.distributed import World
-from emoft.duplicates import mark_duplicates
-from emoft.evaluate import Evaluation, evaluate, format_figures
-from emoft.gradients import GradientMonitor
-from emoft.kernels import compiled, keep_freed_memory, use_fast_kernels
-from emoft.loss import cross_entropy
-from emoft.machine import measure_flops
-from emoft.manifest import damage
-from emoft.model import decode, load_model, load_model_and_tokenizer
-from emoft.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, Step, describe, fault_file, refusal, trace
-from emoft.optim import build_optimizer, build_schedule, clip_gradients
-from emoft.parallel import check_parallel, exchange_gradients, load_weights, replicate, shard
-from emoft.precision import Precision, choose_device
-from emoft.randomness import seed_rank, set_random_state
-from emoft.resume import capture_state, check_data, examples_per_step, load_state, restore_state, resume_command
-from emoft.sampling import sample_texts
-from emoft.signals import StopSignals
-from emoft.template import TextFormat
-from emoft.tokens import check_room, checksum, tokenize, unigram_entropy
-from emoft.tracking import RunState, Tracker
+from emoft.checkpoints.folder import Saver, find_checkpoint, locked, prepare_output_dir
+from emoft.checkpoints.manifest import damage
+from emoft.checkpoints.state import (
+    capture_state,
+    check_data,
+    examples_per_step,
+    load_state,
+    restore_state,
+    resume_command,
+)
+from emoft.config import TrainConfig, parse_config, save_config
+from emoft.data.batching import build_loader, epoch_batches, target_tokens, token_lengths
+from emoft.data.duplicates import mark_duplicates
+from emoft.data.reading import read_splits
+from emoft.data.template import TextFormat
+from emoft.data.tokens import check_room, checksum, decode, tokenize, unigram_entropy
+from emoft.distributed.parallel import check_parallel, exchange_gradients, load_weights, replicate, shard
+from emoft.distributed.world import World
+from emoft.evaluate.classification import Classification, classify
+from emoft.evaluate.scoring import Evaluation, evaluate, format_figures
+from emoft.files import CONFIG_FILE, fault_file
+from emoft.gradients.monitor import GradientMonitor
+from emoft.model.attention import use_packed_attention
+from emoft.model.generation import sample_texts
+from emoft.model.kernels import compiled, keep_freed_memory, use_fast_kernels
+from emoft.model.loading import load_model, load_model_and_tokenizer
+from emoft.tracking.run_state import RunState
+from emoft.tracking.throughput import measure_flops
+from emoft.tracking.tracker import Tracker
+from emoft.training.contrast import WrongLabels, label_contrast
+from emoft.training.loss import cross_entropy
+from emoft.training.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, Step, describe, refusal, trace
+from emoft.training.optimizer import build_optimizer, build_schedule, clip_gradients
+from emoft.training.precision import Precision, choose_device
+from emoft.training.randomness import seed_rank, set_random_state
+from emoft.training.signals import StopSignals
 
 Loaded = tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, dict[str, Dataset]]
 

@@ -1,1 +1,1 @@
-"""emoft: fine-tune GPT-2 on short emotional texts with a training loop written out by hand."""
+"""emoft: GPT-2 fine-tuned on short emotional texts, by a training loop written out by hand."""

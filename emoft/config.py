@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 PRESETS = Path(__file__).parent / "presets"
-CONFIG_FILE = "train_config.yaml"  # in the output folder
 INPUT_FILES = ("train_file", "validation_file", "test_file")
 
 
@@ -180,7 +179,7 @@ class GenerateConfig:
 
 @dataclass
 class EvaluateConfig:
-    """The flags of emoft.evaluate."""
+    """The flags of emoft.evaluate.scoring."""
 
     model_name_or_path: str = option("gpt2-emotion-finetuned", "a folder that train.py wrote, or a GPT-2 on the Hub")
 

@@ -80,11 +80,15 @@ def rank_environments(ranks: int) -> list[dict[str, str]]:
         port = free.getsockname()[1]
     return [
         {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
         }
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
 
 
 class WarmScripts:
@@ -182,7 +186,7 @@ def validation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random GPT-2 of 2 blocks, 32 wide, dropout on, and a tokenizer of 400 tokens."""
-    from emoft.model import fresh_model, train_tokenizer
+    from emoft.model.loading import fresh_model, train_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer([f"Emotion: {text}" for text, _ in SENTENCES], 400)

@@ -78,9 +78,18 @@ def check(
     words = [f"--{name}={value}" for name, value in flags.items()]
     started = time.monotonic()
     result = scripts(
-        "train.py", f"--model_name_or_path={model}", f"--train_file={path.name}", "--max_steps=1", "--save_steps=0",
-        "--overwrite_output_dir", "--output_dir=run", "--mixed_precision=no", "--use_cpu", *words, cwd=folder,
-    )  # fmt: skip
+        "train.py",
+        f"--model_name_or_path={model}",
+        f"--train_file={path.name}",
+        "--max_steps=1",
+        "--save_steps=0",
+        "--overwrite_output_dir",
+        "--output_dir=run",
+        "--mixed_precision=no",
+        "--use_cpu",
+        *words,
+        cwd=folder,
+    )
     assert time.monotonic() - started < SECONDS
     assert result.code in (0, 2), (result.code, result.err)
     assert "Traceback" not in result.err
@@ -94,9 +103,13 @@ def main(cases: int, scripts: WarmScripts, model: Path, folder: Path) -> dict[st
     outcomes: dict[str, int] = {}
 
     @settings(
-        max_examples=cases, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck),
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],
-    )  # fmt: skip
+    )
     @given(file=files())
     def run(file: tuple[str, bytes, dict[str, object]]) -> None:
         outcome = check(scripts, model, folder, *file)
@@ -108,7 +121,7 @@ def main(cases: int, scripts: WarmScripts, model: Path, folder: Path) -> dict[st
 
 def tiny_model(folder: Path) -> Path:
     """Write a model of one block, 8 wide."""
-    from emoft.model import fresh_model, train_tokenizer
+    from emoft.model.loading import fresh_model, train_tokenizer
 
     tokenizer = train_tokenizer(["any text"], 300)
     fresh_model("n_layer=1,n_embd=8,n_head=1,n_positions=64", tokenizer).save_pretrained(folder)

@@ -61,10 +61,24 @@ def start(host: str, address: str, folder: Path, script: str, words: list[str], 
     """Start torchrun on a host, as the README says; by a name in common, it cannot know which one meets the others."""
     is_first = "true" if address == ADDRESSES[0] else "false"
     command = [
-        "ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-        "--rdzv_backend=c10d", f"--rdzv_endpoint={ADDRESSES[0]}:{PORT}", "--rdzv_id=emoft", f"--local_addr={address}",
-        f"--rdzv_conf=is_host={is_first}", *options, script, *words,
-    ]  # fmt: skip
+        "ip",
+        "netns",
+        "exec",
+        host,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint={ADDRESSES[0]}:{PORT}",
+        "--rdzv_id=emoft",
+        f"--local_addr={address}",
+        f"--rdzv_conf=is_host={is_first}",
+        *options,
+        script,
+        *words,
+    ]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "wire", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = (folder / f"{host}.log").open("w")
     return subprocess.Popen(
@@ -72,8 +86,14 @@ def start(host: str, address: str, folder: Path, script: str, words: list[str], 
     )
 
 
-def run_on_both(hosts: list[str], folder: Path, words: list[str], script: str = "", options: list[str] | None = None,
-                cut_after: str = "") -> list[float]:  # fmt: skip
+def run_on_both(
+    hosts: list[str],
+    folder: Path,
+    words: list[str],
+    script: str = "",
+    options: list[str] | None = None,
+    cut_after: str = "",
+) -> list[float]:
     """Train on both hosts; cut the link once a path is there, if told.
 
     Returns:
@@ -119,11 +139,19 @@ def write_data(folder: Path) -> None:
 
 def words_of(output_dir: str, batch_size: int, **settings: object) -> list[str]:
     values = {
-        "model_name_or_path": "", "config_overrides": "n_layer=2,n_embd=32,n_head=2,n_positions=64,resid_pdrop=0,"
-        "embd_pdrop=0,attn_pdrop=0", "vocab_size": 300, "train_file": "train.txt", "delimiter": ";",
-        "num_train_epochs": 40, "save_steps": 20, "mixed_precision": "no", "resume_from_checkpoint": "latest",
-        "per_device_train_batch_size": batch_size, "output_dir": output_dir, **settings,
-    }  # fmt: skip
+        "model_name_or_path": "",
+        "config_overrides": "n_layer=2,n_embd=32,n_head=2,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0",
+        "vocab_size": 300,
+        "train_file": "train.txt",
+        "delimiter": ";",
+        "num_train_epochs": 40,
+        "save_steps": 20,
+        "mixed_precision": "no",
+        "resume_from_checkpoint": "latest",
+        "per_device_train_batch_size": batch_size,
+        "output_dir": output_dir,
+        **settings,
+    }
     return [f"--{name}={value}" for name, value in values.items()]
 
 
@@ -136,9 +164,12 @@ def main() -> None:
         folder = Path(name)
         write_data(folder)
         subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *words_of("single", 8)], cwd=folder, check=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, str(ROOT / "train.py"), *words_of("single", 8)],
+            cwd=folder,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for parallel in ("ddp", "fsdp"):
             run_on_both(hosts, folder, words_of(parallel, 4, parallel=parallel))
             assert_same(folder / parallel, folder / "single")

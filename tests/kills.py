@@ -22,7 +22,7 @@ EPOCHS, STEPS_PER_EPOCH = 3, 12
 PLANT = f"""
 import os, runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from emoft.tracking import Tracker
+from emoft.tracking.tracker import Tracker
 flush, count_step = os.fsync, Tracker.count_step
 left = {{name: int(os.environ.get(name, 0)) for name in ("KILL_AT_STEP", "KILL_AT_FLUSH")}}
 def die(name):
@@ -52,12 +52,23 @@ class Killer:
         (folder / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (folder / "validation.txt").write_text("".join(f"today {text};{label}\n" for text, label in SENTENCES))
         values = {
-            "model_name_or_path": "", "config_overrides": "n_layer=2,n_embd=32,n_head=2,n_positions=64",
-            "vocab_size": 300, "train_file": "train.txt", "validation_file": "validation.txt", "delimiter": ";",
-            "template": "{label}: {text}", "num_train_epochs": EPOCHS, "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2, "learning_rate": 3e-3, "logging_steps": 1, "eval_steps": 6,
-            "save_steps": 4, "mixed_precision": "no", **settings,
-        }  # fmt: skip
+            "model_name_or_path": "",
+            "config_overrides": "n_layer=2,n_embd=32,n_head=2,n_positions=64",
+            "vocab_size": 300,
+            "train_file": "train.txt",
+            "validation_file": "validation.txt",
+            "delimiter": ";",
+            "template": "{label}: {text}",
+            "num_train_epochs": EPOCHS,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "eval_steps": 6,
+            "save_steps": 4,
+            "mixed_precision": "no",
+            **settings,
+        }
         self.words = [f"--{name}={value}" for name, value in values.items()] + ["--resume_from_checkpoint=latest"]
 
     def start(self, output_dir: str, **environment: str) -> int:

@@ -20,15 +20,27 @@ def watch(steps: int, folder: Path) -> list[tuple[int, int]]:
     lines = [f"{text} {'and so on ' * (n % 4)}{n};{label}" for n in range(6) for text, label in SENTENCES]
     (folder / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     words = [
-        "--model_name_or_path=", "--config_overrides=n_layer=2,n_embd=32,n_head=2,n_positions=64", "--vocab_size=300",
-        "--train_file=train.txt", "--validation_file=train.txt", "--delimiter=;", f"--max_steps={steps}",
-        f"--eval_steps={steps // 20}", f"--save_steps={steps // 20}", f"--sample_every={steps // 20}",
-        f"--log_gradients_every={steps // 100}", "--learning_rate=1e-3", "--mixed_precision=no",
-    ]  # fmt: skip
+        "--model_name_or_path=",
+        "--config_overrides=n_layer=2,n_embd=32,n_head=2,n_positions=64",
+        "--vocab_size=300",
+        "--train_file=train.txt",
+        "--validation_file=train.txt",
+        "--delimiter=;",
+        f"--max_steps={steps}",
+        f"--eval_steps={steps // 20}",
+        f"--save_steps={steps // 20}",
+        f"--sample_every={steps // 20}",
+        f"--log_gradients_every={steps // 100}",
+        "--learning_rate=1e-3",
+        "--mixed_precision=no",
+    ]
     run = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words], cwd=folder,
-        env={**os.environ, **environment(folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "train.py"), *words],
+        cwd=folder,
+        env={**os.environ, **environment(folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     seen = []
     runs, process = folder / "gpt2-emotion-finetuned/runs", Path(f"/proc/{run.pid}")
     while run.poll() is None:

@@ -35,10 +35,24 @@ def tensorboard(log_dir: Path, *flags: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", "--logdir", log_dir.name, "--port", str(port), "--host",
-         "127.0.0.1", "--samples_per_plugin", "scalars=1000000", *flags],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=log_dir.parent,  # the page shows the folder's name
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            "--logdir",
+            log_dir.name,
+            "--port",
+            str(port),
+            "--host",
+            "127.0.0.1",
+            "--samples_per_plugin",
+            "scalars=1000000",
+            *flags,
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=log_dir.parent,  # the page shows the folder's name
+    )
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
@@ -61,11 +75,19 @@ def browser(width: int, height: int) -> Iterator[WebDriver]:
         options = Options()
         options.binary_location = CHROMIUM
         for flag in (
-            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--disable-dev-shm-usage", "--hide-scrollbars", f"--window-size={width},{height}",
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            "--hide-scrollbars",
+            f"--window-size={width},{height}",
             f"--user-data-dir={profile}",
-        ):  # fmt: skip
+        ):
             options.add_argument(flag)
         driver = webdriver.Chrome(options=options, service=Service(DRIVER, log_output=os.devnull))
         try:

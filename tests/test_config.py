@@ -11,11 +11,21 @@ def test_without_flags_it_is_the_tutorials_job() -> None:
     config = parse_config(TrainConfig, [])
     assert config == TrainConfig()
     tutorial = {
-        "model_name_or_path": "gpt2", "dataset_name": "dair-ai/emotion", "template": "Emotion: {text}",
-        "max_length": 64, "num_train_epochs": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-5,
-        "weight_decay": 0, "lr_scheduler_type": "linear", "max_grad_norm": 1, "seed": 42, "save_total_limit": 2,
-        "save_steps": 10_000, "append_eos": True,
-    }  # fmt: skip
+        "model_name_or_path": "gpt2",
+        "dataset_name": "dair-ai/emotion",
+        "template": "Emotion: {text}",
+        "max_length": 64,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-5,
+        "weight_decay": 0,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 1,
+        "seed": 42,
+        "save_total_limit": 2,
+        "save_steps": 10_000,
+        "append_eos": True,
+    }
     assert {name: getattr(config, name) for name in tutorial} == tutorial
 
 

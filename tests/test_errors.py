@@ -92,7 +92,7 @@ FILES = [
     ("data.csv", "text,label\n", [], ["data.csv", "no example"]),
     ("data.csv", "message,label\na,b\n", [], ["data.csv", "'text'", "message", "--text_column"]),
     ("data.csv", GOOD, ["--template={label} {text}", "--label_column=mood"], ["'mood'", "--label_column"]),
-    ("data.csv", "text,label\n\"\",a\n  ,b\n", [], ["data.csv", "every row", "text"]),
+    ("data.csv", 'text,label\n"",a\n  ,b\n', [], ["data.csv", "every row", "text"]),
     ("data.csv", GOOD + "a,b,c\n", [], ["data.csv line 4", "3 fields", "double quotes"]),
     ("data.csv", GOOD + "a\n", [], ["data.csv line 4", "1 fields"]),
     ("data.csv", GOOD + '"a,b\n', [], ["data.csv line 4"]),
@@ -109,7 +109,7 @@ FILES = [
     ("data.jsonl", '{"text": null}\n', [], ["data.jsonl", "every row"]),
     ("data.jsonl", '{"text": {"a": "b"}}\n', [], ["data.jsonl", "not text"]),
     ("data.parquet", "no parquet", [], ["data.parquet"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "content", "words", "parts"), FILES, ids=range(len(FILES)))
@@ -180,8 +180,10 @@ class TestModels:
 
     def test_without_a_file(self, train: Callable[..., Result], folder: Path) -> None:
         for name, told in [
-            ("tokenizer.json", "tokenizer"), ("model.safetensors", "model"), ("config.json", "config.json"),
-        ]:  # fmt: skip
+            ("tokenizer.json", "tokenizer"),
+            ("model.safetensors", "model"),
+            ("config.json", "config.json"),
+        ]:
             (folder / name).rename(folder / "hidden")
             refused(train(f"--model_name_or_path={folder}"), "--model_name_or_path", str(folder), told)
             (folder / "hidden").rename(folder / name)
@@ -199,7 +201,7 @@ class TestModels:
     def test_with_a_tokenizer_that_does_not_belong(
         self, train: Callable[..., Result], folder: Path, tmp_path: Path
     ) -> None:
-        from emoft.model import train_tokenizer
+        from emoft.model.loading import train_tokenizer
 
         train_tokenizer(["a b c d e f"] * 9, 260).save_pretrained(tmp_path / "small")
         assert train(f"--tokenizer_name={tmp_path / 'small'}", "--output_dir=out1").code == 0, (
@@ -215,7 +217,7 @@ class TestGenerate:
     @classmethod
     def plain(cls, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """A trained folder whose template names no emotion."""
-        from emoft.template import TextFormat
+        from emoft.data.template import TextFormat
 
         folder = tmp_path_factory.mktemp("plain")
         for path in tiny_model.iterdir():
@@ -249,7 +251,7 @@ class TestGenerate:
         refused(run("generate.py", "--model_name_or_path=./nowhere"), "./nowhere", "no such folder")
 
     def test_an_emotion_the_model_does_not_know(self, run: Callable[..., Result], plain: Path, tmp_path: Path) -> None:
-        from emoft.template import TextFormat
+        from emoft.data.template import TextFormat
 
         for path in plain.iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())

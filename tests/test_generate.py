@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, Result, environment
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.template import TextFormat
+from emoft.data.template import TextFormat
 
 PROMPTS = [
     "i feel",
@@ -153,8 +153,11 @@ class TestInteractive:
         terminal, theirs = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, ROOT / "generate.py", "--model_name_or_path", folder, "--interactive"],
-            stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, env={**os.environ, **environment(tmp_path)},
-        )  # fmt: skip
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **environment(tmp_path)},
+        )
         os.close(theirs)
         os.write(terminal, b"i feel\n\x04")
         shown = b""
@@ -176,9 +179,13 @@ class TestInteractive:
 def test_a_reader_that_leaves_early_is_no_error(folder: Path, tmp_path: Path) -> None:
     command = f"{sys.executable} {ROOT / 'generate.py'} --model_name_or_path {folder} --prompts_file - | head -n 1"
     done = subprocess.run(
-        ["bash", "-c", command], input="i feel\n" * 50, capture_output=True, text=True, timeout=120,
+        ["bash", "-c", command],
+        input="i feel\n" * 50,
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={**os.environ, **environment(tmp_path)},
-    )  # fmt: skip
+    )
     assert done.stdout.startswith("i feel")
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
@@ -191,10 +198,18 @@ class TestKhmer:
         folder = tmp_path_factory.mktemp("khmer")
         (folder / "khmer.txt").write_text("\n".join(KHMER * 8), encoding="utf-8")
         result = scripts(
-            "train.py", "--train_file=khmer.txt", "--template={text}", "--model_name_or_path=", "--vocab_size=300",
-            "--config_overrides=n_layer=2,n_embd=32,n_head=2,n_positions=128", "--max_length=40",
-            "--learning_rate=0.01", "--output_dir=run", "--num_train_epochs=3", cwd=folder,
-        )  # fmt: skip
+            "train.py",
+            "--train_file=khmer.txt",
+            "--template={text}",
+            "--model_name_or_path=",
+            "--vocab_size=300",
+            "--config_overrides=n_layer=2,n_embd=32,n_head=2,n_positions=128",
+            "--max_length=40",
+            "--learning_rate=0.01",
+            "--output_dir=run",
+            "--num_train_epochs=3",
+            cwd=folder,
+        )
         assert result.code == 0, result.err
         assert "\ufffd" not in result.out
         return folder / "run"

@@ -91,9 +91,17 @@ class TestDemo:
         results = {}
         for emotion in sorted(EMOTIONS):
             result = scripts(
-                "generate.py", "--model_name_or_path", demo[0], "--emotion", emotion, "--do_sample", "--json",
-                "--num_return_sequences", SAMPLES, cwd=demo[0],
-            )  # fmt: skip
+                "generate.py",
+                "--model_name_or_path",
+                demo[0],
+                "--emotion",
+                emotion,
+                "--do_sample",
+                "--json",
+                "--num_return_sequences",
+                SAMPLES,
+                cwd=demo[0],
+            )
             assert result.code == 0, result.err
             results[emotion] = [json.loads(line) for line in result.out.splitlines()]
         return results

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from emoft.batching import epoch_batches
+from emoft.data.batching import epoch_batches
 
 STEPS = 50
 TOLERANCE = 1e-5  # relative
@@ -165,9 +165,13 @@ class TestCompiled:
     @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
     def test_computes_the_same_and_compiles_once(self, tmp_path, still_model, train_file, validation_file) -> None:
         words = flags(
-            still_model, train_file, validation_file=validation_file, max_steps=30, log_gradients_every=10,
+            still_model,
+            train_file,
+            validation_file=validation_file,
+            max_steps=30,
+            log_gradients_every=10,
             per_device_train_batch_size=3,
-        )  # fmt: skip
+        )
         plain = run_fresh("train.py", *words, "--output_dir", "plain", cwd=tmp_path, **environment(tmp_path))
         assert plain.code == 0, plain.err
         compiled = run_fresh(
@@ -181,9 +185,13 @@ class TestCompiled:
     def test_without_a_compiler(self, run: Callable[..., Result], tmp_path, still_model, train_file) -> None:
         (tmp_path / "nothing").mkdir()
         result = run(
-            "train.py", *flags(still_model, train_file, max_steps=1), "--torch_compile",
-            PATH=str(tmp_path / "nothing"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"), CXX="",
-        )  # fmt: skip
+            "train.py",
+            *flags(still_model, train_file, max_steps=1),
+            "--torch_compile",
+            PATH=str(tmp_path / "nothing"),
+            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+            CXX="",
+        )
         assert result.code == 2
         assert len(result.error_lines) == 1
         assert "--torch_compile" in result.error_lines[0]
@@ -203,9 +211,16 @@ class TestOutputs:
         assert result.code == 0, result.err
         names = {path.name for path in folder.iterdir()}
         assert names >= {
-            "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "emoft.json",
-            "train_config.yaml", "trainer_state.json", "all_results.json", "runs",
-        }  # fmt: skip
+            "config.json",
+            "model.safetensors",
+            "generation_config.json",
+            "tokenizer.json",
+            "emoft.json",
+            "train_config.yaml",
+            "trainer_state.json",
+            "all_results.json",
+            "runs",
+        }
         checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
         assert checkpoints == ["checkpoint-24", "checkpoint-36"]  # the loss falls, so each epoch's is the best so far
         assert not list(folder.glob(".*")), "no staging folder is left"
@@ -275,9 +290,16 @@ class TestBestModel:
     ) -> None:
         """A learning rate that rises until it wrecks the model: an early evaluation stays the best."""
         words = flags(
-            tiny_model, train_file, validation_file=validation_file, learning_rate=3, warmup_steps=8, max_steps=8,
-            eval_steps=2, save_steps=1, save_total_limit=2,
-        )  # fmt: skip
+            tiny_model,
+            train_file,
+            validation_file=validation_file,
+            learning_rate=3,
+            warmup_steps=8,
+            max_steps=8,
+            eval_steps=2,
+            save_steps=1,
+            save_total_limit=2,
+        )
         result = run("train.py", *words)
         assert result.code == 0, result.err
         losses = {
@@ -297,9 +319,14 @@ class TestBestModel:
         self, run: Callable[..., Result], tiny_model, train_file, validation_file, tmp_path
     ) -> None:
         words = flags(
-            tiny_model, train_file, validation_file=validation_file, learning_rate=1e-30, max_steps=12, eval_steps=2,
+            tiny_model,
+            train_file,
+            validation_file=validation_file,
+            learning_rate=1e-30,
+            max_steps=12,
+            eval_steps=2,
             early_stopping_patience=2,
-        )  # fmt: skip
+        )
         result = run("train.py", *words)
         assert result.code == 0, result.err
         assert history(tmp_path / "run")[-1]["step"] == 6  # best at 2, nothing better at 4 and 6
@@ -310,7 +337,7 @@ class TestBestModel:
 SLOW = f"""
 import pathlib, runpy, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from emoft.tracking import Tracker
+from emoft.tracking.tracker import Tracker
 count_step = Tracker.count_step
 def slow(self, *arguments, **keywords):
     count_step(self, *arguments, **keywords)
@@ -392,9 +419,15 @@ class TestFaults:
         """A text of two tokens is one target, so that its gradient times the first loss scale overflows fp16."""
         (tmp_path / "short.txt").write_text("zq\n" * 8)
         settings = {
-            "template": "{text}", "append_eos": "false", "mixed_precision": "fp16", "per_device_train_batch_size": 1,
-            "max_steps": 6, "save_steps": 1, "save_total_limit": 0, "load_best_model_at_end": "false",
-        }  # fmt: skip
+            "template": "{text}",
+            "append_eos": "false",
+            "mixed_precision": "fp16",
+            "per_device_train_batch_size": 1,
+            "max_steps": 6,
+            "save_steps": 1,
+            "save_total_limit": 0,
+            "load_best_model_at_end": "false",
+        }
         words = flags(tiny_model, tmp_path / "short.txt", **settings)
         words.remove("--delimiter=;")
         result = run("train.py", *words)

@@ -11,7 +11,7 @@ from emoft.benchmark.gradients import compare_gradients
 from emoft.benchmark.scaling import compare_processes
 from emoft.benchmark.trainer import compare_trainer
 from emoft.config import parse_config
-from emoft.tracking import write_json
+from emoft.files import write_json
 
 COMPARISONS = {
     "trainer": compare_trainer,

@@ -10,26 +10,28 @@ import time
 from datasets import Dataset
 from tqdm import tqdm
 
-from emoft.attention import use_packed_attention
 from emoft.benchmark.config import BenchmarkConfig, Report, draw_lengths
 from emoft.benchmark.generation import SENTENCE, load
-from emoft.classify import classify
 from emoft.config import TrainConfig
-from emoft.distributed import World
-from emoft.evaluate import evaluate
-from emoft.kernels import use_fast_kernels
-from emoft.machine import synchronize
-from emoft.precision import Precision, choose_device
-from emoft.template import TextFormat
-from emoft.tokens import encode
+from emoft.data.template import TextFormat
+from emoft.data.tokens import encode
+from emoft.distributed.world import World
+from emoft.evaluate.classification import classify
+from emoft.evaluate.scoring import evaluate
+from emoft.model.attention import use_packed_attention
+from emoft.model.kernels import use_fast_kernels
+from emoft.tracking.throughput import synchronize
+from emoft.training.precision import Precision, choose_device
 
 LABELS = list("abcdef")  # of one token each
 
 
 def draw_texts(count: int, max_length: int, seed: int) -> list[str]:
     """Return texts of as many bytes as messages have tokens: with the tokenizer of bytes, of as many tokens."""
-    return [(SENTENCE * 8)[start % len(SENTENCE) :][: max(1, length - len("a: "))].strip() or "i"
-            for start, length in enumerate(draw_lengths(count, max_length, seed))]  # fmt: skip
+    return [
+        (SENTENCE * 8)[start % len(SENTENCE) :][: max(1, length - len("a: "))].strip() or "i"
+        for start, length in enumerate(draw_lengths(count, max_length, seed))
+    ]
 
 
 def compare_classification(config: BenchmarkConfig) -> Report:

@@ -8,14 +8,27 @@ import numpy as np
 import torch
 
 from emoft.config import Count, Length, Positive, Seed, option
-from emoft.precision import Precision, choose_device
+from emoft.training.precision import Precision, choose_device
 
 # Lengths in GPT-2 tokens of the 16,000 training messages of dair-ai/emotion (Saravia et al., EMNLP 2018), each as
 # "Emotion: {text}", by percentile; their mean is 23.0. Drawn lengths are interpolated between these.
 LENGTHS = {
-    0: 5, 5: 9, 10: 10, 20: 13, 30: 15, 40: 18, 50: 21, 60: 24, 70: 27, 80: 32, 90: 39, 95: 46, 99: 58,
-    99.9: 67, 100: 89,
-}  # fmt: skip
+    0: 5,
+    5: 9,
+    10: 10,
+    20: 13,
+    30: 15,
+    40: 18,
+    50: 21,
+    60: 24,
+    70: 27,
+    80: 32,
+    90: 39,
+    95: 46,
+    99: 58,
+    99.9: 67,
+    100: 89,
+}
 
 
 @dataclass
@@ -71,6 +84,9 @@ def describe_machine(config: BenchmarkConfig) -> str:
         return f"{torch.cuda.get_device_name()}, {beside}"
     names: list[str] = []
     if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]  # fmt: skip
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
     return f"{torch.get_num_threads()} threads on {names[0] if names else 'a CPU'}, {beside}"

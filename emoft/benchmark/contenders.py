@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from emoft.errors import UserError
-from emoft.machine import synchronize
+from emoft.tracking.throughput import synchronize
 
 
 class Turns:

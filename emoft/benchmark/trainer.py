@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emoft.batching import epoch_batches
 from emoft.benchmark.config import BenchmarkConfig, Report, describe_machine
 from emoft.benchmark.contenders import Contender
+from emoft.benchmark.machine import Machine, least_seconds
 from emoft.benchmark.training import EMOFT, FLATTENED, TUNED, TUTORIAL, model_and_lengths, take_all_turns
+from emoft.data.batching import epoch_batches
 from emoft.errors import UserError, warn
-from emoft.machine import Machine, least_seconds
-from emoft.precision import Precision, choose_device
+from emoft.training.precision import Precision, choose_device
 
 
 @dataclass
@@ -73,9 +73,17 @@ def rows_of(
 
     def row(name: str, seconds: float, peak: int | None = None) -> Row:
         return Row(
-            batch_size, name, seconds, batch_size / seconds, tokens / seconds, times[TUTORIAL] / seconds,
-            times[TUNED] / seconds, times[FLATTENED] / seconds, limit / seconds, None if peak is None else peak / 2**30,
-        )  # fmt: skip
+            batch_size,
+            name,
+            seconds,
+            batch_size / seconds,
+            tokens / seconds,
+            times[TUTORIAL] / seconds,
+            times[TUNED] / seconds,
+            times[FLATTENED] / seconds,
+            limit / seconds,
+            None if peak is None else peak / 2**30,
+        )
 
     rows = [row(kind, times[kind], contender.peak) for kind, contender in contenders.items()]
     return [*rows, row("the machine's limit", limit)]

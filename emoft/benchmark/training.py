@@ -14,14 +14,15 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.batching import epoch_batches
 from emoft.benchmark.config import BenchmarkConfig, draw_lengths
 from emoft.benchmark.contenders import Contender, Turns
+from emoft.benchmark.machine import Machine, measure_bandwidth
 from emoft.config import TrainConfig
-from emoft.distributed import World
-from emoft.machine import Machine, measure_bandwidth, measure_flops
-from emoft.precision import Precision, choose_device
-from emoft.template import TextFormat
+from emoft.data.batching import epoch_batches
+from emoft.data.template import TextFormat
+from emoft.distributed.world import World
+from emoft.tracking.throughput import measure_flops
+from emoft.training.precision import Precision, choose_device
 
 TUTORIAL, TUNED, FLATTENED, EMOFT = (
     "Trainer, as in the tutorial",
@@ -48,7 +49,7 @@ def load_texts_and_model(
     if config.train_file:
         model, tokenizer, text_format, splits = train.load_model_and_data(train_config, None)
         return model, tokenizer, text_format, splits["train"]["input_ids"]
-    from emoft.model import load_model_and_tokenizer, train_tokenizer
+    from emoft.model.loading import load_model_and_tokenizer, train_tokenizer
 
     if config.model_name_or_path:
         model, tokenizer = load_model_and_tokenizer(train_config, [])
@@ -65,15 +66,17 @@ def load_texts_and_model(
 def model_and_lengths(config: BenchmarkConfig) -> tuple[GPT2LMHeadModel, list[int]]:
     """Return what all contenders train: the model, and the tokens of each text."""
     train_config = TrainConfig(
-        model_name_or_path=config.model_name_or_path, train_file=config.train_file, delimiter=config.delimiter,
+        model_name_or_path=config.model_name_or_path,
+        train_file=config.train_file,
+        delimiter=config.delimiter,
         max_length=config.max_length,
-    )  # fmt: skip
+    )
     model, _, _, texts = load_texts_and_model(config, train_config)
     return model, [len(text) for text in texts]
 
 
 class NoMonitor:
-    """Stands for a loop that does not know of `emoft.gradients`: what it does costs nothing."""
+    """Stands for a loop that does not know of `emoft.gradients.monitor`: what it does costs nothing."""
 
     is_on = False
 
@@ -158,14 +161,20 @@ def run_trainer(pipe: Connection, config: BenchmarkConfig, train_config: TrainCo
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=train_config.output_dir, per_device_train_batch_size=train_config.per_device_train_batch_size,
-            num_train_epochs=1000, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=device.type == "cpu",
-            train_sampling_strategy="sequential", **tuning,
+            output_dir=train_config.output_dir,
+            per_device_train_batch_size=train_config.per_device_train_batch_size,
+            num_train_epochs=1000,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+            train_sampling_strategy="sequential",
+            **tuning,
         ),
         data_collator=collator,
         train_dataset=Dataset.from_list(rows),
         callbacks=[TakeTurns()],
-    )  # fmt: skip
+    )
     trainer.train()
 
 
@@ -195,11 +204,18 @@ def _take_turns(
     precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
     with tempfile.TemporaryDirectory() as folder:
         train_config = TrainConfig(
-            model_name_or_path=config.model_name_or_path, train_file=config.train_file, delimiter=config.delimiter,
-            max_length=config.max_length, per_device_train_batch_size=batch_size, num_train_epochs=1000, save_steps=0,
-            mixed_precision=config.mixed_precision, torch_compile=config.torch_compile, seed=config.seed,
+            model_name_or_path=config.model_name_or_path,
+            train_file=config.train_file,
+            delimiter=config.delimiter,
+            max_length=config.max_length,
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=1000,
+            save_steps=0,
+            mixed_precision=config.mixed_precision,
+            torch_compile=config.torch_compile,
+            seed=config.seed,
             use_cpu=config.use_cpu,
-        )  # fmt: skip
+        )
         contenders = [
             Contender(
                 kind,
@@ -209,7 +225,7 @@ def _take_turns(
                 config,
                 replace(train_config, output_dir=f"{folder}/{kind}"),
                 processes=config.processes if kind == TOGETHER else 1,
-            )  # fmt: skip
+            )
             for kind in kinds
         ]
         machines = []

@@ -1,0 +1,1 @@
+"""What a run leaves: folders written whole or not at all, verified, and resumed exactly."""

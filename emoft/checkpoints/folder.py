@@ -1,0 +1,343 @@
+"""The folder of a run: kept for one run, its checkpoints written whole or not at all, the old ones removed."""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
+
+from emoft.checkpoints.manifest import damage, write_manifest
+from emoft.config import TrainConfig
+from emoft.data.template import TextFormat
+from emoft.distributed.parallel import whole_weights
+from emoft.distributed.world import World
+from emoft.errors import UserError, warn
+from emoft.files import CONFIG_FILE, RESULTS_FILE, TRAINING_STATE_FILE, write_json
+from emoft.model.loading import save_model
+from emoft.tracking.tracker import Tracker
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks on folders
+    fcntl = None  # type: ignore[assignment]
+
+NAME = re.compile(r"checkpoint-(\d+)")
+STAGING, ASIDE = ".staging-", ".aside-"  # what is being written, and what it will replace
+# What a finished or interrupted run leaves besides its checkpoints; deleted by --overwrite_output_dir.
+RUN_FILES = ("trainer_state.json", "all_results.json", CONFIG_FILE, "emoft.json", "model.safetensors", "runs")
+
+
+class SaveError(UserError):
+    """Something could not be written; what was written before is whole."""
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, in the order of their steps; whether they are whole says `damage`."""
+    found = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step of a folder checkpoint-STEP."""
+    match = NAME.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def find_checkpoint(config: TrainConfig, world: World) -> Path | None:
+    """Return the checkpoint to resume from, or None for a fresh start.
+
+    A run that torchrun has restarted goes on from its newest, whatever the flags say.
+
+    Raises:
+        UserError: the output folder holds a run that the flags do not speak of, or the checkpoint that they name does
+            not exist or is damaged.
+    """
+    output_dir = Path(config.output_dir)
+    wanted, is_restart = config.resume_from_checkpoint, world.has_begun_run()
+    if wanted and config.overwrite_output_dir:
+        raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other: drop one")
+    if wanted == "latest" or is_restart:
+        for checkpoint in reversed(checkpoints(output_dir)):
+            if reason := damage(checkpoint):
+                warn(f"{checkpoint} is damaged ({reason}) and is not loaded: trying the one before")
+                continue
+            print(f"resuming from {checkpoint}")
+            return checkpoint
+    if wanted == "latest" or (is_restart and not wanted):
+        print(f"no checkpoint in {output_dir} yet: starting from the beginning")
+        return None
+    if wanted:
+        if not (Path(wanted) / TRAINING_STATE_FILE).is_file():
+            raise UserError(
+                f"--resume_from_checkpoint {wanted} is no checkpoint (no {TRAINING_STATE_FILE} in it): check the path"
+            )
+        if reason := damage(Path(wanted)):
+            raise UserError(
+                f"--resume_from_checkpoint {wanted} is damaged ({reason}): name another one, or `latest`, which takes"
+                " the newest that is whole"
+            )
+        return Path(wanted)
+    held = [name for name in RUN_FILES if (output_dir / name).exists()] + [
+        path.name for path in checkpoints(output_dir)
+    ]
+    if held and not config.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {output_dir} already holds a run ({held[-1]}): go on with it by --resume_from_checkpoint"
+            " latest, replace it by --overwrite_output_dir, or name another folder"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Create the output folder and keep every other run out of it until this context ends, or the process dies.
+
+    The lock is on the folder itself and belongs to the process, so that nothing is left of it.
+
+    Raises:
+        UserError: another run has it, or the folder cannot be made.
+    """
+    is_new = not output_dir.exists()
+    if not is_new and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file: name a folder")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        folder = os.open(output_dir, os.O_RDONLY) if fcntl else None
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written ({error.strerror}): name another") from None
+    try:
+        if folder is not None:
+            _lock(folder, output_dir)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+        if is_new:
+            with contextlib.suppress(OSError):
+                output_dir.rmdir()  # if it is still empty, the run never began
+
+
+def _lock(folder: int, output_dir: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--output_dir {output_dir} is in use by another run: wait for its end, or name another folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def prepare_output_dir(config: TrainConfig, resumes: bool = False) -> Path:
+    """Make the folder, which should be `locked`, ready for a run; with --overwrite_output_dir delete the run it holds.
+
+    What a run that was killed while saving left behind is swept.
+
+    Args:
+        config: names the folder.
+        resumes: the run goes on from a checkpoint, and what the folder holds is its own.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if config.overwrite_output_dir and not resumes:
+            for path in [output_dir / name for name in RUN_FILES] + checkpoints(output_dir):
+                _remove(path)
+            for path in output_dir.glob("nonfinite-*.json"):
+                path.unlink()
+        sweep(output_dir)
+        probe = output_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written ({error.strerror}): name another") from None
+    return output_dir
+
+
+def sweep(output_dir: Path) -> None:
+    """Remove what killed runs left while saving; what they had only put aside is put back."""
+    for aside in output_dir.glob(f"{ASIDE}*"):
+        final = output_dir / f"checkpoint-{aside.name.removeprefix(ASIDE)}"
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            os.replace(aside, final)
+    for leftover in [*output_dir.glob(f"{STAGING}*"), *output_dir.glob(".*.tmp")]:
+        _remove(leftover)
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of a run and its final model. Each method is a collective: rank 0 alone writes."""
+
+    config: TrainConfig
+    world: World
+    output_dir: Path
+    model: GPT2LMHeadModel
+    tokenizer: GPT2Tokenizer
+    text_format: TextFormat
+    tracker: Tracker
+    capture_state: Callable[[dict[str, Any]], dict[str, Any]]  # adds to the figures of a run all but its model
+
+    def save(self) -> Path | None:
+        """Write a checkpoint, without those that are too many now.
+
+        Returns:
+            Its folder; None where it could not be written, for want of space for example: the run goes on with the
+            checkpoints that it has.
+        """
+        run, config = self.tracker.run, self.config
+        with self.tracker.clock_stopped():
+            weights = whole_weights(self.model, self.world)
+            state = self.capture_state(self.tracker.state_for_checkpoint())
+
+            def write() -> Path | None:
+                try:
+                    folder = save_checkpoint(
+                        self.output_dir, run.step, lambda place: self._write(place, weights), state
+                    )
+                    best_step = run.best_step if config.load_best_model_at_end else None
+                    remove_old_checkpoints(self.output_dir, config.save_total_limit, best_step)
+                except SaveError as error:
+                    self.tracker.warn(f"{error}; training goes on, and the next log entry tries again")
+                    return None
+                return folder
+
+            return self.world.on_main(write)
+
+    def export(self) -> None:
+        """Write the final model into the run's folder.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        weights = whole_weights(self.model, self.world)
+        self.world.on_main(lambda: export(self.output_dir, lambda folder: self._write(folder, weights)))
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write the figures of the finished run, and its log once more, which holds the last of them.
+
+        Raises:
+            SaveError: they cannot be written.
+        """
+
+        def write(folder: Path) -> None:
+            self.tracker.write_state(folder)
+            write_json(folder / RESULTS_FILE, results)
+
+        self.world.on_main(lambda: export(self.output_dir, write))
+
+    def _write(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        save_model(folder, self.model, weights, self.tokenizer, self.text_format)
+        self.tracker.write_state(folder)
+
+
+def save_checkpoint(
+    output_dir: Path, step: int, write_model: Callable[[Path], None], training_state: dict[str, Any]
+) -> Path:
+    """Write checkpoint-STEP beside its place, flush it to the disk, and rename it: it is there whole, or not at all.
+
+    Args:
+        output_dir: the run's folder.
+        step: optimizer steps taken.
+        write_model: writes the model's files into a folder.
+        training_state: of `resume.capture_state`.
+
+    Raises:
+        SaveError: it cannot be written, for want of space for example. What was there before still is.
+    """
+    final, aside = output_dir / f"checkpoint-{step}", output_dir / f"{ASIDE}{step}"
+    with staged(output_dir, str(step)) as staging:
+        write_model(staging)
+        torch.save(training_state, staging / TRAINING_STATE_FILE)
+        write_manifest(staging, step)
+        flush(staging)
+        if final.exists():  # of this same step, saved before its evaluation
+            os.replace(final, aside)
+        os.replace(staging, final)
+        _flush_folder(output_dir)
+        shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def export(output_dir: Path, write: Callable[[Path], None]) -> None:
+    """Write files into the run's folder, each of them whole or not at all.
+
+    Raises:
+        SaveError: they cannot be written.
+    """
+    with staged(output_dir, "final") as staging:
+        write(staging)
+        flush(staging)
+        for path in sorted(staging.iterdir()):
+            os.replace(path, output_dir / path.name)
+        _flush_folder(output_dir)
+
+
+@contextlib.contextmanager
+def staged(output_dir: Path, name: str) -> Iterator[Path]:
+    """Give a folder to write into, which is gone when the context ends.
+
+    Raises:
+        SaveError: the writing failed.
+    """
+    staging = output_dir / f"{STAGING}{name}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last one is torch.save's
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        free = shutil.disk_usage(output_dir).free
+        raise SaveError(f"cannot save in {output_dir}, where {free:,} bytes are free: {reason}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) -> None:
+    """Keep the newest `limit` checkpoints (0: all), counting the best among them, which is never removed."""
+    found = checkpoints(output_dir)
+    kept = [path for path in found if step_of(path) == best_step]
+    for path in reversed(found):
+        # The newest one stays in any case: it is the only one to resume from without loss.
+        if path not in kept and (len(kept) < limit or path == found[-1]):
+            kept.append(path)
+    for path in found:
+        if limit and path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""From files or the Hub to batches: reading and checking rows, texts, tokens, duplicates."""

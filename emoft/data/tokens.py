@@ -1,0 +1,148 @@
+"""Texts -> tokens: filled templates, tokenized once and cached, and what can be told of them before training."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, Features, Value
+from torch import Tensor
+from transformers import GPT2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from emoft.data.template import TextFormat
+from emoft.errors import UserError
+
+BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def fingerprint(*parts: str) -> str:
+    """Return the name under which `datasets` caches a result: a hash of all that it depends on.
+
+    Left alone, the library hashes the function, and that hash changes with any state the function refers to.
+    """
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) -> list[list[int]]:
+    """Return the token ids of filled templates: end-of-text appended if the format says so, then cut.
+
+    An "<|endoftext|>" that stands in a text is text: only the end of an example is taught to be an end.
+    """
+    end = [tokenizer.eos_token_id] if text_format.append_eos else []
+    most = most_characters(tokenizer, text_format.max_length)
+    rows = tokenizer(
+        [text[:most] for text in texts],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+    return [(row + end)[: text_format.max_length] for row in rows]
+
+
+def most_characters(tokenizer: GPT2Tokenizer, max_length: int) -> int:
+    """Return a number of characters beyond which nothing of a text is kept: a line may be a whole book."""
+    return (max_length + 1) * max(map(len, tokenizer.get_vocab()))
+
+
+def check_room(tokenizer: GPT2Tokenizer, text_format: TextFormat) -> None:
+    """See that what stands before a text leaves room for it.
+
+    Raises:
+        UserError: it does not.
+    """
+    for prompt in text_format.prompts().values():
+        length = len(tokenizer(prompt, verbose=False)["input_ids"])
+        if length >= text_format.max_length:
+            raise UserError(
+                f"--max_length {text_format.max_length} leaves no room for a text: what stands before it, {prompt!r},"
+                f" has {length} tokens, raise it"
+            )
+
+
+def tokenize(
+    rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, split: str, keep_columns: bool = False
+) -> Dataset:
+    """Return a memory-mapped data set of one column, "input_ids"; made once, then read from the cache.
+
+    With `keep_columns` the columns of the rows stand beside it.
+    """
+    columns = ["text", "label"] if text_format.has_label else ["text"]
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # of the last use, without effect on `encode`
+        vocabulary.pop(state)
+
+    def encode_batch(*values: list[str]) -> dict[str, list[list[int]]]:
+        return {
+            "input_ids": encode(tokenizer, [text_format.fill(*row) for row in zip(*values, strict=True)], text_format)
+        }
+
+    return rows.map(
+        encode_batch,
+        batched=True,
+        input_columns=columns,
+        remove_columns=None if keep_columns else rows.column_names,
+        features=Features((rows.features if keep_columns else {}) | {"input_ids": datasets.List(Value("int32"))}),
+        new_fingerprint=fingerprint(
+            rows._fingerprint, json.dumps(vocabulary), repr(text_format), "kept" if keep_columns else ""
+        ),
+        desc=f"Tokenizing {split}",
+    )
+
+
+def unigram_entropy(rows: Dataset) -> float:
+    """Return the entropy of the frequencies of the target tokens in a tokenized split, in nats.
+
+    It is the loss of a model that knows how frequent each token is and nothing else, the least that context must beat
+    (Shannon, 1951).
+    """
+    texts = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
+    ids, lengths = pc.list_flatten(texts).to_numpy(), pc.list_value_length(texts).to_numpy()
+    starts = np.cumsum(lengths) - lengths  # the first token of a text is no target
+    counts = np.bincount(np.delete(ids, starts))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def checksum(rows: Dataset) -> str:
+    """Return the SHA-256 of all tokens of a tokenized split and of where its texts end."""
+    texts = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
+    digest = hashlib.sha256(pc.list_value_length(texts).to_numpy().tobytes())
+    digest.update(pc.list_flatten(texts).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def token_bytes(tokenizer: GPT2Tokenizer, ids: Iterable[int]) -> bytes:
+    """Return the bytes that tokens stand for; special tokens stand for none.
+
+    A token of byte-level BPE may hold a part of a character only, so that text has to be put together from bytes.
+    """
+    special = set(tokenizer.all_special_ids)
+    tokens = tokenizer.convert_ids_to_tokens([i for i in ids if i not in special])
+    return bytes(BYTE_OF_CHARACTER[character] for token in tokens for character in token or "")
+
+
+def byte_lengths(tokenizer: GPT2Tokenizer, rows: int) -> Tensor:
+    """Return how many bytes each token stands for, none for special ones.
+
+    Args:
+        tokenizer: a byte-level BPE, of which each character of a token stands for a byte.
+        rows: of the model's vocabulary, some of which may be spare.
+
+    Returns:
+        (rows,) int64.
+    """
+    lengths = torch.zeros(rows, dtype=torch.int64)
+    special = set(tokenizer.all_special_ids)
+    for token, number in tokenizer.get_vocab().items():
+        lengths[number] = 0 if number in special else len(token)
+    return lengths
+
+
+def decode(tokenizer: GPT2Tokenizer, ids: Iterable[int]) -> str:
+    """Return the text of tokens. Bytes that make no character, as of one cut in two, are left out."""
+    return token_bytes(tokenizer, ids).decode("utf-8", errors="ignore")

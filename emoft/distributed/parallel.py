@@ -1,0 +1,134 @@
+"""One model on several devices: copied to each (DDP), or its weights spread over them (FSDP).
+
+Both average the gradients of all ranks. The loop wants their sum, since it divides by the targets of all ranks itself,
+and multiplies the loss by their number.
+"""
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from transformers import GPT2LMHeadModel
+
+from emoft.distributed.world import World
+from emoft.errors import UserError
+
+
+def check_parallel(parallel: str, world: World, model: GPT2LMHeadModel) -> None:
+    """See that a model can be trained on several devices.
+
+    Raises:
+        UserError: it cannot, or --parallel asks for more than one process can do.
+    """
+    if parallel == "fsdp" and not world.launched:
+        raise UserError("--parallel fsdp needs torchrun: torchrun --nproc_per_node=N train.py ...")
+    if world.launched and model.lm_head.weight is not model.transformer.wte.weight:
+        # Its gradient would not be exchanged: it is no part of the transformer, which is what is wrapped.
+        raise UserError("several processes need a model whose head is its embedding, as GPT-2's is: train this on one")
+
+
+def shard(model: GPT2LMHeadModel, world: World, device: torch.device) -> None:
+    """Spread a model's weights, and with them gradients and AdamW's moments, over all ranks, block by block (FSDP2).
+
+    A block's weights are gathered when its turn comes and given up after it; embeddings and the last LayerNorm are kept
+    from forward to backward, because the head, which is the embedding, needs them between.
+    """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing writes into it
+    mesh = init_device_mesh(device.type, (world.size,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model.transformer, mesh=mesh, reshard_after_forward=False)
+    model.lm_head = TiedHead(model.transformer.wte)
+
+
+def is_sharded(model: GPT2LMHeadModel) -> bool:
+    """Whether the weights are spread, so that each forward pass is a collective."""
+    return isinstance(model.transformer, FSDPModule)
+
+
+class TiedHead(nn.Module):
+    """The head of a sharded model. The embedding's weight is another object each time it is gathered: it is asked."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.__dict__["embedding"] = embedding  # not a module of its own, whose weight would be saved twice
+
+    @property
+    def weight(self) -> Any:
+        """(V, C)."""
+        return self.__dict__["embedding"].weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., C)."""
+        return F.linear(hidden, self.weight)
+
+
+def replicate(transformer: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Return a transformer whose gradients are averaged over all ranks in its backward pass, bucket by bucket."""
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(transformer, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def exchange_gradients(transformer: Any, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    """Return the context of a forward and backward pass: gradients are exchanged in the last one of a step only.
+
+    FSDP exchanges them in each: whole gradients, kept until the last one, are what it is there to avoid.
+    """
+    if isinstance(transformer, DistributedDataParallel) and not is_last:
+        return transformer.no_sync()
+    return contextlib.nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be spread over the ranks; a collective if it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a copy of a whole tensor, the same on all ranks, on a parameter's device, and spread as it is."""
+    value = value.to(parameter.device, copy=True)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
+
+
+def whole_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """Return the whole weights of a model, on the CPU; on rank 0 only, the others help and get nothing."""
+    gathered = ((name, whole(parameter.detach())) for name, parameter in model.named_parameters())
+    return {name: value.cpu() for name, value in gathered if world.is_main}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put whole weights, the same on all ranks, into a model that may be spread over them."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(like(weights[name], parameter))
+
+
+def whole_optimizer_state(optimizer: Optimizer, world: World) -> dict[str, Any]:
+    """Return an optimizer's state as on a single device, on the CPU; on rank 0 only, the others get no tensors."""
+    saved = optimizer.state_dict()
+    gathered = ((index, name, whole(value)) for index, each in saved["state"].items() for name, value in each.items())
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, name, value in gathered:
+        if world.is_main:
+            state.setdefault(index, {})[name] = value.cpu()
+    return {**saved, "state": state}
+
+
+def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Put a state of `whole_optimizer_state` into an optimizer of as many parameters, spread over ranks or not."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        index: {name: like(value, parameters[index]) if value.dim() else value for name, value in each.items()}
+        for index, each in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": state})

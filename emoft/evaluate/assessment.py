@@ -1,0 +1,233 @@
+"""The command `python -m emoft.evaluate`: a saved model on a split, and the texts that it writes."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from PIL import Image
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
+
+from emoft.config import EvaluateConfig, parse_config
+from emoft.data.duplicates import mark_duplicates
+from emoft.data.reading import read_evaluation_splits
+from emoft.data.template import TextFormat
+from emoft.data.tokens import tokenize
+from emoft.distributed.world import World
+from emoft.errors import UserError, warn
+from emoft.evaluate.classification import Classification, classify, log_prior
+from emoft.evaluate.confusion import confusion_map
+from emoft.evaluate.quality import IndependentClassifier, TrainingTexts, assess, format_quality, sample
+from emoft.evaluate.scoring import evaluate, format_figures
+from emoft.files import CONFUSION_FILE, EVALUATION_FILE, FORMAT_FILE, SAMPLES_FILE, finite, write_json
+from emoft.model.attention import use_packed_attention
+from emoft.model.kernels import keep_freed_memory, use_fast_kernels
+from emoft.model.loading import load_model, load_tokenizer
+from emoft.training.precision import Precision, choose_device
+
+
+def read_format(config: EvaluateConfig) -> TextFormat:
+    """Return the format that the model was trained with, with what the flags change of it.
+
+    Raises:
+        UserError: there is none, and no flag gives one.
+    """
+    folder = Path(config.model_name_or_path)
+    if (folder / FORMAT_FILE).exists():
+        text_format = TextFormat.load(folder)
+    elif config.template:
+        text_format = TextFormat(config.template)
+    elif not folder.is_dir():
+        raise UserError(
+            f"--model_name_or_path {folder} is no folder here, and models of the Hub have no template: check the path,"
+            " train first with python train.py, or give --template, such as '{text}'"
+        )
+    else:
+        raise UserError(
+            f"--model_name_or_path {folder} has no {FORMAT_FILE}, which holds its template: give --template, such as"
+            " '{text}' or '{label}: {text}'"
+        )
+    if config.template and config.template != text_format.template:
+        text_format = replace(text_format, template=config.template, labels=[])
+    if config.max_length:
+        text_format = replace(text_format, max_length=config.max_length)
+    if config.append_eos is not None:
+        text_format = replace(text_format, append_eos=config.append_eos)
+    return text_format
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate a saved model and return all figures.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    keep_freed_memory()
+    precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
+    text_format = read_format(config)
+    if config.generate and not text_format.has_label:
+        raise UserError(
+            f"--generate {config.generate} needs a template with {{label}}, and the model's is"
+            f" {text_format.template!r}: train with one, such as --config conditional"
+        )
+    if config.generate and not text_format.label_first:
+        raise UserError(
+            f"--generate {config.generate} needs a template with {{label}} before {{text}}, which can steer what is"
+            f" generated, and the model's is {text_format.template!r}: train with one"
+        )
+    splits, text_format = read_evaluation_splits(config, text_format)
+    if config.use_class_prior and not (text_format.has_label and "train" in splits):
+        raise UserError(
+            "--use_class_prior counts the labels of a train split: give --train_file, and a {label} template"
+        )
+    if "train" in splits:
+        splits, found = mark_duplicates(splits)
+        if found and not config.json:
+            print(found)
+
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    model = load_model(config.model_name_or_path)
+    if text_format.max_length > model.config.n_positions:
+        raise UserError(
+            f"--max_length {text_format.max_length} is above the model's {model.config.n_positions} positions: lower it"
+        )
+    model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
+    use_packed_attention(model)
+    use_fast_kernels(model)
+    model.eval()
+
+    rows = tokenize(splits["test"], tokenizer, text_format, "test", keep_columns=True)
+    batch_size = config.per_device_eval_batch_size
+    world = World()  # one process: torchrun is for training
+    evaluation = evaluate(model, tokenizer, rows, precision, world, batch_size)
+    assert evaluation
+    results = evaluation.figures()
+    results |= {"examples": evaluation.examples, "tokens": evaluation.tokens, "bytes": evaluation.text_bytes}
+    classification = None
+    if text_format.has_label:
+        prior = log_prior(splits["train"]["label"], text_format) if config.use_class_prior else None
+        classification = classify(model, tokenizer, text_format, rows, precision, world, batch_size, prior)
+        if classification:
+            results |= classification.figures()
+            results["confusion_matrix"] = {
+                "labels": classification.labels,
+                "counts": classification.confusion.tolist(),  # true labels down, predicted ones across
+            }
+    if config.generate:
+        results |= write_and_assess(config, model, tokenizer, text_format, splits, precision)
+    report(config, results, classification)
+    return results
+
+
+def write_and_assess(
+    config: EvaluateConfig,
+    model: GPT2LMHeadModel,
+    tokenizer: GPT2Tokenizer,
+    text_format: TextFormat,
+    splits: dict[str, Dataset],
+    precision: Precision,
+) -> dict[str, Any]:
+    """Return the figures of sampled texts, "generation", and how the classifier that judges them does itself."""
+    train, results = splits.get("train"), {}
+    training = independent = None
+    if train is None:
+        warn("no train split: nothing can be said of copies, nor by an independent classifier; give --train_file")
+    else:
+        training = TrainingTexts(train["text"])
+        independent = fit_independent(train, text_format)
+        test = splits["test"].filter(lambda label: label in text_format.labels, input_columns="label")
+        if independent and len(test):
+            found = independent.classify(test["text"], test["label"], text_format.labels).figures()
+            results = {f"tfidf_{name}": value for name, value in found.items() if name != "classified"}
+    options = {
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "no_repeat_ngram_size": config.no_repeat_ngram_size,
+    }
+    samples = sample(
+        model,
+        tokenizer,
+        text_format,
+        config.generate,
+        config.mixed_precision,
+        config.per_device_eval_batch_size,
+        config.seed,
+        **options,
+    )
+    if config.output_dir:
+        folder = make_folder(config.output_dir)
+        lines = [
+            json.dumps({"emotion": label, "text": result.text, "finished": result.finished}, ensure_ascii=False)
+            for label, generated in samples.items()
+            for result in generated
+        ]
+        (folder / SAMPLES_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    results["generation"] = assess(
+        model, tokenizer, text_format, samples, precision, config.per_device_eval_batch_size, training, independent
+    )
+    return results
+
+
+def fit_independent(train: Dataset, text_format: TextFormat) -> IndependentClassifier | None:
+    """Return the independent classifier, fitted on the texts whose label the model knows; None if it cannot be."""
+    if not IndependentClassifier.is_available():
+        warn("no independent classifier without the package scikit-learn: run pip install scikit-learn")
+        return None
+    known = train.filter(lambda label: label in text_format.labels, input_columns="label")
+    try:
+        return IndependentClassifier(known["text"], known["label"])
+    except ValueError as error:
+        warn(f"no independent classifier, which cannot be fitted on the train split ({str(error).splitlines()[0]})")
+        return None
+
+
+def report(config: EvaluateConfig, results: dict[str, Any], classification: Classification | None) -> None:
+    """Print the figures, and write them into the output folder if there is one."""
+    if config.output_dir:
+        folder = make_folder(config.output_dir)
+        write_json(folder / EVALUATION_FILE, results)
+        if classification:
+            picture = confusion_map(classification.labels, classification.confusion)
+            Image.fromarray(picture).save(folder / CONFUSION_FILE)
+    if config.json:
+        print(json.dumps(finite(results), ensure_ascii=False))
+        return
+    print(format_figures(results))
+    if classification:
+        print(f"\n{classification.table()}")
+    if "generation" in results:
+        print(f"\n{config.generate} texts for each emotion\n{format_quality(results['generation'])}")
+    if config.output_dir:
+        print(f"\nsaved in {config.output_dir}")
+
+
+def make_folder(name: str) -> Path:
+    """Return the output folder, made if it is not there.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {name} cannot be written ({error.strerror}): name another") from None
+    return Path(name)
+
+
+def main() -> int:
+    """Read the flags and evaluate."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading, which takes a moment
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told by our own
+    config = parse_config(EvaluateConfig)
+    if config.output_dir:
+        make_folder(config.output_dir)  # before the long work
+    torch.manual_seed(config.seed)
+    run(config)
+    return 0

@@ -1,0 +1,46 @@
+"""The files of a run by name, and how a file is written: whole, or not at all."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+# In output_dir.
+CONFIG_FILE = "train_config.yaml"  # every flag of the run
+FORMAT_FILE = "emoft.json"  # how its texts are made: see `data.template`
+TRAINER_STATE_FILE = "trainer_state.json"  # its log, in the format of `transformers.TrainerState`
+RESULTS_FILE = "all_results.json"
+EVENTS_FOLDER = "runs"  # TensorBoard's
+WEIGHTS_FILE = "model.safetensors"
+
+# In a checkpoint-STEP folder besides.
+TRAINING_STATE_FILE = "training_state.pt"  # what makes a folder a checkpoint, and not only a model
+MANIFEST_FILE = "manifest.json"
+
+# Of `python -m emoft.evaluate --output_dir`.
+EVALUATION_FILE, SAMPLES_FILE, CONFUSION_FILE = "evaluation.json", "samples.jsonl", "confusion.png"
+
+
+def fault_file(step: int) -> str:
+    """Return the name of the file that tells of a step that was not finite."""
+    return f"nonfinite-{step}.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON beside the target and rename it, so that a reader never sees half a file.
+
+    Numbers that JSON has no word for (NaN, infinite) become null.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def finite(content: Any) -> Any:
+    """Return content with None for numbers that JSON has no word for."""
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,263 @@
+"""What is measured of weights, gradients, updates and activations, block by block, at one step in many.
+
+`python -m emoft.gradients RUN_DIR` reads the figures of a run and says what they mean: see `emoft.gradients.diagnosis`.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.hooks import RemovableHandle
+from transformers import GPT2LMHeadModel
+
+from emoft.data.batching import Batch
+from emoft.distributed.parallel import whole
+from emoft.distributed.world import World
+
+# The kinds of weight in a block. Weight and bias of a kind are taken together, and so are the two LayerNorms.
+KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "ln")
+IN_BLOCK = re.compile(r"transformer\.h\.(\d+)\.(ln|[a-z]+\.[a-z_]+)")
+NO_UPDATE = -12.0  # shown as log10 of the update ratio where nothing changed: zero has no logarithm
+SATURATED = -3.0  # below it GELU passes about 1 % of a gradient or less
+BINS = 64  # of a histogram
+COUNTED_AT_ONCE = 1 << 18  # values of a histogram: what stays in a processor's cache
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the finite ones of many values are distributed, in bins of equal width."""
+
+    low: float
+    high: float
+    counts: list[int]
+    total: float  # sum of the values
+    squares: float  # sum of their squares
+    not_finite: int  # values left out
+
+    @property
+    def limits(self) -> list[float]:
+        """The upper end of each bin."""
+        width = (self.high - self.low) / len(self.counts)
+        return [self.low + width * (number + 1) for number in range(len(self.counts))]
+
+
+@dataclass
+class Figures:
+    """The measurements of a step, by TensorBoard tag."""
+
+    step: int
+    scalars: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    depth: list[float] = field(default_factory=list)  # gradient norm of each block, the first block first
+
+
+def group_parameters(model: GPT2LMHeadModel) -> dict[str, list[nn.Parameter]]:
+    """Return a model's parameters by what is told apart: "h00.attn.c_attn" and so on, and "wte", "wpe", "ln_f"."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        match = IN_BLOCK.match(name)
+        place = f"h{int(match[1]):02}.{match[2]}" if match else name.removeprefix("transformer.").rpartition(".")[0]
+        groups.setdefault(place, []).append(parameter)
+    return groups
+
+
+class GradientMonitor:
+    """Measures a step in three looks: at the first micro-batch, at the complete gradients, and at the update.
+
+    A step that is not measured costs nothing but the question whether it is.
+    """
+
+    def __init__(self, model: GPT2LMHeadModel, optimizer: AdamW, every: int, world: World) -> None:
+        self.model, self.optimizer, self.every = model, optimizer, every  # every: optimizer steps; 0 is never
+        self.world = world
+        self.groups = group_parameters(model)
+        self.blocks = [f"h{number:02}" for number in range(len(model.transformer.h))]
+        self.is_on = False
+        self._hooks: list[RemovableHandle] = []
+
+    def begin_step(self, step: int, batches: Sequence[Batch], loss_scale: float) -> None:
+        """Decide whether a step is measured, and if so listen to the first of its micro-batches.
+
+        Args:
+            step: the number of the optimizer step that begins.
+            batches: its micro-batches, this rank's.
+            loss_scale: what the loss, and so each gradient of this rank, is multiplied by until they are unscaled.
+        """
+        self.is_on = self.every > 0 and step % self.every == 0
+        if not self.is_on:
+            return
+        device = self.model.device
+        self.figures = Figures(step)
+        self._loss_scale = loss_scale
+        self._read_later: dict[str, Tensor] = {}  # numbers that are still on the device
+        self._sums: dict[str, Tensor] = {}  # likewise, of this rank: a sum, and over how many tokens or values it runs
+        seen = self.world.gather({i for batch in batches for i in batch.inputs["input_ids"].flatten().tolist()})
+        self._touched = torch.tensor(sorted(set().union(*seen)), device=device)
+        self._is_token = (batches[0].owners() >= 0).to(device)
+        for number, name in enumerate(self.blocks):
+            block = self.model.transformer.h[number]
+            activation: Any = block.get_submodule("mlp.act")
+            self._hooks.append(block.register_forward_hook(self._output_hook(name)))
+            self._hooks.append(activation.register_forward_pre_hook(self._saturation_hook(name)))
+
+    def _output_hook(self, name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if f"activation_norm/{name}" in self._sums or not hidden.requires_grad:
+                return  # a later micro-batch, or an evaluation
+            tokens = hidden.detach()[self._is_token].float()  # (N, C)
+            self._sums[f"activation_norm/{name}"] = _sum_of(tokens.norm().double() ** 2, len(tokens))
+            hidden.register_hook(look_at_gradient)
+
+        def look_at_gradient(gradient: Tensor) -> None:
+            norm = gradient[self._is_token].float().norm().double() / self._loss_scale
+            self._sums.setdefault(f"activation_gradient/{name}", _sum_of(norm**2, 1))
+
+        return look
+
+    def _saturation_hook(self, name: str) -> Any:
+        def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
+            tag = f"activation_saturation/{name}"
+            if tag not in self._sums:
+                saturated = inputs[0].detach()[self._is_token] < SATURATED
+                self._sums[tag] = _sum_of(saturated.sum(), saturated.numel())
+
+        return look
+
+    def listening(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context of a forward and backward pass: compiled code cannot be listened to."""
+        return torch.compiler.set_stance("force_eager") if self.is_on else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Measure the complete gradients, of all micro-batches, unscaled and not yet clipped; keep the weights."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if not self.is_on:
+            return
+        clip = getattr(self.optimizer, "grad_scale", None)  # what the update will divide the gradients by
+        for place, parameters in self.groups.items():
+            gradients = _gradients(parameters)
+            zeros = sum((g.numel() - g.count_nonzero() for g in gradients), torch.zeros((), device=self.model.device))
+            self._read_later |= {
+                f"gradient_norm/{place}": _norm(gradients),
+                f"weight_norm/{place}": _norm([whole(p) for p in parameters]),
+                f"gradient_zeros/{place}": zeros / max(1, sum(g.numel() for g in gradients)),
+            }
+            if gradients and (ratio := self._signal_to_noise(parameters, clip)) is not None:
+                self._read_later[f"signal_to_noise/{place}"] = ratio
+        embedding = self.model.transformer.wte.weight
+        if embedding.grad is not None:
+            rows = whole(embedding.grad).norm(dim=1).square()  # (V,)
+            touched = rows[self._touched].sum()
+            rows[self._touched] = 0
+            self._read_later["gradient_norm/wte.touched"] = touched.sqrt()
+            self._read_later["gradient_norm/wte.others"] = rows.sum().sqrt()
+        for name in [*self.blocks, "wte"]:
+            parameters = self._parameters_of(name)
+            self.figures.histograms[f"weights/{name}"] = histogram([whole(p) for p in parameters])
+            if gradients := _gradients(parameters):
+                self.figures.histograms[f"gradients/{name}"] = histogram(gradients)
+        self._weights = {p: p.detach().clone() for parameters in self.groups.values() for p in parameters}
+
+    def _parameters_of(self, name: str) -> list[nn.Parameter]:
+        """Return the parameters of a group, or of all groups of a block."""
+        return [p for place, group in self.groups.items() if place.split(".")[0] == name for p in group]
+
+    def _signal_to_noise(self, parameters: list[nn.Parameter], clip: Tensor | None) -> Tensor | None:
+        """Return |m| / |g - m|, with AdamW's running mean m of the gradients before this one; None without a mean."""
+        signal, noise = [], []
+        for parameter in parameters:
+            state = self.optimizer.state.get(parameter)
+            if parameter.grad is None or not state or not state["step"]:
+                return None
+            beta = self.optimizer.param_groups[0]["betas"][0]
+            # Unbiased: Kingma and Ba, 2015, algorithm 1. It is one of clipped gradients.
+            mean = whole(state["exp_avg"]) / (1 - beta ** float(state["step"]))
+            gradient = whole(parameter.grad) if clip is None else whole(parameter.grad) / clip
+            signal.append(mean.norm())
+            noise.append((gradient - mean).norm())
+        return _norm(signal) / _norm(noise)
+
+    @torch.no_grad()
+    def after_update(self) -> Figures | None:
+        """Measure what the update changed, and read all numbers from the device: a CPU-GPU sync point.
+
+        Returns:
+            The figures of a step that is measured, else None.
+        """
+        if not self.is_on:
+            return None
+        self.is_on = False
+        for place, parameters in self.groups.items():
+            changes = [whole(self._weights[p].sub_(p.detach())) for p in parameters]
+            self._read_later[f"update_norm/{place}"] = _norm(changes)
+        del self._weights
+        values = dict(zip(self._read_later, torch.stack(list(self._read_later.values())).tolist(), strict=True))
+        sums = self.world.sum(torch.stack(list(self._sums.values())))
+        for tag, (total, count) in zip(self._sums, sums.tolist(), strict=True):
+            values[tag] = total / max(1, count)
+            if "saturation" not in tag:
+                values[tag] = math.sqrt(total if "gradient" in tag else values[tag])
+        for name in self.blocks:
+            for kind in ("gradient_norm", "weight_norm", "update_norm"):
+                values[f"{kind}/{name}"] = math.hypot(*(values[f"{kind}/{p}"] for p in self.groups if name == p[:3]))
+        for place in [*self.groups, *self.blocks]:
+            change = values.pop(f"update_norm/{place}") / (values[f"weight_norm/{place}"] or math.inf)
+            values[f"update_ratio/{place}"] = max(NO_UPDATE, math.log10(change)) if change > 0 else NO_UPDATE
+        figures = self.figures
+        figures.depth = [values[f"gradient_norm/{name}"] for name in self.blocks]
+        figures.scalars = {tag: value for tag, value in values.items() if math.isfinite(value)}
+        gradients = [shape for tag, shape in figures.histograms.items() if tag.startswith("gradients/")]
+        figures.scalars["gradient_not_finite/entries"] = float(sum(shape.not_finite for shape in gradients))
+        return figures
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [whole(p.grad) for p in parameters if p.grad is not None]
+
+
+def _sum_of(total: Tensor, count: int) -> Tensor:
+    return torch.stack([total.double(), total.new_tensor(count, dtype=torch.float64)])
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm over all entries of several tensors; 0 of none."""
+    return nn.utils.get_total_norm(list(tensors))
+
+
+def histogram(tensors: Sequence[Tensor]) -> Histogram:
+    """Return the histogram of all entries of several tensors. Values that are not finite are counted apart."""
+    parts = [tensor.detach().flatten() for tensor in tensors]
+    size = sum(part.numel() for part in parts)
+    low, high = _range(parts)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        parts = [part[part.isfinite()] for part in parts]
+        low, high = _range(parts)
+    finite = sum(part.numel() for part in parts)
+    if low == high:  # bins need a width
+        low, high = low - 0.5, high + 0.5
+    counts = torch.zeros(BINS, dtype=torch.int64, device=parts[0].device)
+    for part in parts:
+        for values in part.split(COUNTED_AT_ONCE):
+            # Twice as fast as torch.histc on a CPU.
+            bins = ((values - low) * (BINS / (high - low))).clamp_(0, BINS - 1).to(torch.uint8)
+            counts += torch.bincount(bins, minlength=BINS)
+    total = sum(part.sum(dtype=torch.float64).item() for part in parts)
+    squares = sum(part.norm().item() ** 2 for part in parts)
+    return Histogram(low, high, counts.tolist(), total, squares, size - finite)
+
+
+def _range(parts: Sequence[Tensor]) -> tuple[float, float]:
+    bounds = [bound for part in parts if part.numel() for bound in torch.aminmax(part)]
+    if not bounds:
+        return 0.0, 0.0
+    ends = torch.stack(bounds)
+    return ends.min().item(), ends.max().item()

@@ -1,0 +1,1 @@
+"""GPT-2 and its tokenizer: loading and saving, attention over packed rows, faster modules, generation."""

@@ -1,0 +1,155 @@
+"""Attention over packed batches: each token sees the earlier tokens of its own example, and no others.
+
+Registered with transformers as the attention "packed". A batch that is not packed (padded ones, and generation with
+its cache) goes to transformers' own "sdpa", so that a model keeps the one setting for everything.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from emoft.model.kernels import dropout as fast_dropout
+
+NAME = "packed"
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Let a model compute the attention of packed batches; it computes all others as before."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, packed_mask)
+    model.set_attn_implementation(NAME)
+
+
+def packed_mask(**arguments: Any) -> Tensor | None:
+    """Return no mask for a packed batch, whose boundaries say everything, and that of "sdpa" for any other."""
+    return None if arguments["attention_mask"] is None else sdpa_mask(**arguments)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    boundaries: Tensor | None = None,
+    padded_index: Tensor | None = None,
+    longest: int = 0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute causal attention within each example of a packed row.
+
+    Args:
+        module: the attention layer that calls.
+        query: (1, H, N, D) of H heads, N tokens, D dimensions; key and value likewise.
+        key: see query.
+        value: see query.
+        attention_mask: None for a packed batch.
+        dropout: share of the attention weights that is dropped.
+        scaling: factor of the scores.
+        boundaries: (E + 1,) int32, the ends of the E examples; None if the batch is not packed. See `batching.pack`.
+        padded_index: (N,) int64, the place of each token in a view of (E, longest).
+        longest: see padded_index.
+        kwargs: what transformers passes besides.
+
+    Returns:
+        (1, N, H, D), and None for the attention weights, which are not kept.
+    """
+    if boundaries is None or padded_index is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if choose_kernel(query.device.type, query.dtype) == "varlen":
+        return varlen_attention(query, key, value, boundaries, longest, dropout, scaling), None
+    return repadded_attention(query, key, value, padded_index, len(boundaries) - 1, longest, dropout, scaling), None
+
+
+def choose_kernel(device_type: str, dtype: torch.dtype) -> str:
+    """Return "varlen" where FlashAttention computes unpadded rows (half precision on a GPU), else "repadded"."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return "varlen" if device_type == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0) else "repadded"
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, dropout: float, scaling: float | None
+) -> Tensor:
+    """FlashAttention over rows of different lengths (Dao, 2023), without any padding.
+
+    This is the operator under `torch.nn.attention.varlen.varlen_attn`, which itself knows no dropout.
+    """
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, H, D)
+    output = torch.ops.aten._flash_attention_forward(
+        query, key, value, boundaries, boundaries, longest, longest, dropout, True, False, scale=scaling
+    )
+    return output[0][None]
+
+
+def repadded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    examples: int,
+    longest: int,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """Causal attention over a padded view of the packed row, (E, H, longest, D).
+
+    No mask hides the padding: it stands after the tokens of its example, where causal attention does not look.
+    """
+    _, heads, _, width = query.shape
+    query, key, value = (
+        _Pad.apply(tensor[0].transpose(0, 1), index, examples * longest)  # (E * longest, H, D)
+        .view(examples, longest, heads, width)
+        .transpose(1, 2)
+        for tensor in (query, key, value)
+    )
+    if dropout and query.device.type == "cpu":
+        # The library's kernel for the CPU knows no dropout; what it falls back to draws slow random numbers.
+        scores = (query * (width**-0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
+        later = torch.ones(longest, longest, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, -torch.inf).softmax(
+            -1, dtype=torch.promote_types(scores.dtype, torch.float)
+        )
+        output = fast_dropout(weights.to(value.dtype), dropout) @ value
+    else:
+        output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    return _Unpad.apply(output.transpose(1, 2).reshape(examples * longest, heads, width), index)[None]
+
+
+class _Pad(torch.autograd.Function):
+    """(N, ...) -> (M, ...) with zeros between. Autograd's own backward of an indexed write would copy the zeros too."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, index: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(index)
+        padded = tokens.new_zeros(rows, *tokens.shape[1:])
+        padded[index] = tokens
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[ctx.saved_tensors[0]], None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """(M, ...) -> (N, ...): undoes `_Pad`. No index occurs twice, so that its backward is a write, not a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(padded)
+        return padded[index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        padded = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
+        padded[ctx.saved_tensors[0]] = gradient
+        return padded, None

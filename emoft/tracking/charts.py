@@ -1,0 +1,118 @@
+"""What TensorBoard shows: the tags and what they mean, the diagnosis under Custom Scalars, the heat map, the guide."""
+
+# Where each figure of a log entry stands, and what TensorBoard says of it.
+TAGS = {
+    "loss": ("train/loss", "Mean cross-entropy of the target tokens since the last entry, in nats."),
+    "perplexity": ("train/perplexity", "exp(train/loss): among how many tokens the model is undecided."),
+    "unigram_entropy": (
+        "train/unigram_entropy",
+        "Loss of a model that knows how frequent each token is and nothing else, in nats. A constant, to compare with.",
+    ),
+    "label_alignment": (
+        "train/label_alignment",
+        "Share of targets that are the token right after the place that predicts them: 1 if labels are shifted once.",
+    ),
+    "grad_norm": ("train/grad_norm", "L2 norm of the whole gradient, unscaled, before clipping."),
+    "max_grad_norm": ("train/max_grad_norm", "The norm that gradients are clipped to. A constant, to compare with."),
+    "clipped_share": ("train/clipped_share", "Share of the steps since the last entry whose gradient was clipped."),
+    "label_contrast": (
+        "train/label_contrast",
+        "Nats with which a text's label is told from wrong ones (--label_contrast); guessing among four costs 1.39.",
+    ),
+    "learning_rate": ("train/learning_rate", "AdamW's learning rate in this step."),
+    "loss_scale": ("train/loss_scale", "fp16 only: what the loss is multiplied by before backward."),
+    "skipped_steps": ("train/skipped_steps", "fp16 only: steps so far that changed nothing because of an overflow."),
+    "nonfinite_steps": ("train/nonfinite_steps", "Steps so far whose loss or gradient was infinite or NaN."),
+    "epoch": ("train/epoch", "Passes over the train split."),
+    "samples_per_second": ("speed/samples_per_second", "Examples a second, without evaluation, saving and sampling."),
+    "tokens_per_second": ("speed/tokens_per_second", "Target tokens a second, likewise."),
+    "share_of_peak": ("speed/share_of_peak", "Operations the mathematics needs, of what the device does at best."),
+    "memory_gib": ("speed/memory_gib", "Memory in GiB: of the process, or the most allocated on the GPU."),
+    "eval_loss": ("eval/loss", "Mean cross-entropy of the validation split's target tokens, in nats."),
+    "eval_perplexity": ("eval/perplexity", "exp(eval/loss)."),
+    "eval_bits_per_byte": (
+        "eval/bits_per_byte",
+        "Cross-entropy of the validation split's targets, in bits, by the bytes they stand for: comparable between"
+        " tokenizers.",
+    ),
+    "eval_emotion_accuracy": (
+        "eval/emotion_accuracy",
+        "Share of the validation split's texts whose emotion is the one under which the model finds them likeliest.",
+    ),
+    "eval_macro_f1": ("eval/macro_f1", "Mean over emotions of the F1 score of the same predictions."),
+    "eval_loss_without_overlap": ("eval/loss_without_overlap", "eval/loss of the texts that train does not hold too."),
+}
+GROUPS = {
+    "gradient_norm": "L2 norm of the step's whole gradient, unscaled, before clipping. h00 is the first block.",
+    "weight_norm": "L2 norm of the weights, before the update.",
+    "update_ratio": "log10 of |change of the weights in this step| / |weights|; -12 if nothing changed.",
+    "gradient_zeros": "Share of the gradient's entries that are exactly zero.",
+    "gradient_not_finite": "Entries of the gradient that are infinite or NaN.",
+    "signal_to_noise": "|m| / |g - m| of the gradient g and AdamW's running mean m of those before it."
+    " 0.23 if gradients are independent of each other.",
+    "activation_norm": "L2 norm of a token's vector at the block's output, root mean square over a micro-batch.",
+    "activation_gradient": "L2 norm of the loss's gradient there, over the micro-batch, unscaled.",
+    "activation_saturation": "Share of the MLP's inputs to GELU below -3, where almost no gradient passes.",
+    "final": "A figure of the finished run, for the HParams table.",
+}
+GUIDE_LEVEL = -3.0  # log10 of a healthy update ratio
+
+LAYOUT = {
+    "1. Does it learn?": {
+        "loss: train, evaluation, and that of word frequencies alone": [
+            "Multiline",
+            ["^train/loss$", "^eval/loss$", "^train/unigram_entropy$"],
+        ],
+        "learning rate": ["Multiline", ["^train/learning_rate$"]],
+    },
+    "2. Do gradients reach every block?": {
+        "gradient norm by depth": ["Multiline", [r"^gradient_norm/h\d+$"]],
+        "gradient at the output of each block": ["Multiline", [r"^activation_gradient/h\d+$"]],
+        "activations at the output of each block": ["Multiline", [r"^activation_norm/h\d+$"]],
+    },
+    "3. Are the steps of the right size?": {
+        "update ratio by depth (log10), guide at -3": ["Multiline", [r"^update_ratio/(h\d+|guide)$"]],
+        "gradient norm before clipping": ["Multiline", ["^train/grad_norm$", "^train/max_grad_norm$"]],
+        "share of steps clipped": ["Multiline", ["^train/clipped_share$"]],
+        "targets that are the next token (must be 1)": ["Multiline", ["^train/label_alignment$"]],
+        "steps that were not finite or skipped": ["Multiline", ["^train/nonfinite_steps$", "^train/skipped_steps$"]],
+    },
+    "4. How fast is it?": {
+        "tokens per second": ["Multiline", ["^speed/tokens_per_second$"]],
+        "share of the device's peak": ["Multiline", ["^speed/share_of_peak$"]],
+        "memory (GiB)": ["Multiline", ["^speed/memory_gib$"]],
+    },
+}
+
+GUIDE = """
+Open **Custom Scalars** first: its four groups ask four questions in this order. `python -m emoft.gradients RUN_DIR`
+reads the same figures and says in words what is wrong.
+
+| chart | healthy | if not | change |
+| --- | --- | --- | --- |
+| `train/loss`, `eval/loss` | both fall, and end well below `train/unigram_entropy` | no fall: labels or learning rate \
+| `--learning_rate`, `--template` |
+| | | `eval/loss` rises while `train/loss` falls: it learns the texts by heart | fewer epochs, \
+`--early_stopping_patience` |
+| `eval/emotion_accuracy`, `IMAGES: confusion` | a bright diagonal | a row is bright elsewhere: that emotion is taken \
+for another | more examples of it, `--num_train_epochs` |
+| `train/label_alignment` | 1 | below 1: labels are shifted by none, or twice | the code that shifts them |
+| `gradient_norm/hNN` | all blocks within a factor of 100, steady | falls towards h00: vanishing; grows: exploding \
+| `--warmup_steps`, a smaller `--learning_rate` |
+| `IMAGES: gradient_norm_by_block` | one color from top to bottom, changing slowly | a dark row: a block that gets no \
+gradient; a bright column: a bad batch | look at the texts of that step |
+| `update_ratio/hNN` | near -3, between -5 and -2 | above -2: too large; below -5: hardly moves; -12: frozen \
+| `--learning_rate` |
+| `train/clipped_share` | mostly below 0.5 | near 1, with norms far above the limit: all steps are equally long | \
+`--max_grad_norm`, \
+`--learning_rate` |
+| `train/nonfinite_steps` | 0 | see `nonfinite` on this page and nonfinite-STEP.json | what the report names |
+| `signal_to_noise/*` | between 0.2 and 1 | above 3: steps are smaller than they could be | `--learning_rate` |
+| `gradient_zeros/*` | near 0, but for `wpe` | grows: values vanish in fp16, or units are dead | \
+`--mixed_precision bf16` |
+| `activation_saturation/hNN` | below 0.5 | near 1: the MLP's units are dead | a smaller `--learning_rate` |
+| `gradient_norm/wte.touched`, `.others` | touched above others | the head sends gradient to every row of the \
+embedding, the texts only to those they hold | |
+
+TensorBoard keeps 1,000 points of a curve; to see all, start it with `--samples_per_plugin scalars=1000000`.
+"""

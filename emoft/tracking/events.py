@@ -1,0 +1,140 @@
+"""TensorBoard's event file: curves with what they mean, pictures, texts, histograms, the table of configurations."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from emoft.config import TrainConfig
+from emoft.gradients.monitor import Histogram
+from emoft.tracking.charts import GROUPS, GUIDE, LAYOUT, TAGS
+
+DESCRIPTIONS = dict(TAGS.values())
+FINAL = (  # of the HParams table
+    "train_loss",
+    "eval_loss",
+    "perplexity",
+    "bits_per_byte",
+    "emotion_accuracy",
+    "macro_f1",
+    "test_loss",
+    "test_emotion_accuracy",
+    "train_samples_per_second",
+)
+
+
+class EventFile:
+    """An event file of a run. Where it cannot be written, the run goes on without, until it is opened anew."""
+
+    def __init__(self, folder: Path, config: TrainConfig, is_wanted: bool, warn: Callable[[str], None]) -> None:
+        """Remember where; `open` begins.
+
+        Args:
+            folder: of the event files.
+            config: of the run, for the HParams table.
+            is_wanted: False on all ranks but 0, where nothing is ever written.
+            warn: tells the user.
+        """
+        self.folder, self.config, self.is_wanted, self.warn = folder, config, is_wanted, warn
+        self._writer: SummaryWriter | None = None
+        self._described: set[str] = set()
+
+    def open(self, step: int) -> None:
+        """Begin a file after a step, if none is open; curves of an interrupted run are hidden from there on."""
+        if self._writer is not None or not self.is_wanted:
+            return
+        threading.excepthook = _quiet_about_writing
+        self._described.clear()
+        try:
+            # TensorBoard hides what comes after such a mark from the second one on: the first must be there from the
+            # beginning.
+            self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        except OSError as error:
+            self._give_up(error)
+            return
+        self._write(lambda writer: writer.add_custom_scalars(LAYOUT))
+        if step == 0:
+            self._write(lambda writer: writer.add_text("guide", GUIDE, 0))
+        for summary in self._hparams()[:2]:
+            self._add_summary(summary)
+
+    def close(self) -> None:
+        """End the file."""
+        self._write(SummaryWriter.close)
+        threading.excepthook = threading.__excepthook__
+
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        """Add a point to each of some curves; to the first of each, what the curve means."""
+        for tag, value in values.items():
+            scalar = Summary.Value(tag=tag, simple_value=value)
+            if tag not in self._described:
+                self._described.add(tag)
+                description = DESCRIPTIONS.get(tag) or GROUPS.get(tag.partition("/")[0], "")
+                plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+                scalar.metadata.CopyFrom(SummaryMetadata(plugin_data=plugin, summary_description=description))
+            self._add_summary(Summary(value=[scalar]), step)
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Add a text, shown as it is."""
+        markdown = "\n".join(f"    {line}" for line in text.splitlines())
+        self._write(lambda writer: writer.add_text(tag, markdown, step))
+
+    def add_image(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """Add a picture, (H, W, 3) uint8."""
+        self._write(lambda writer: writer.add_image(tag, picture, step, dataformats="HWC"))
+
+    def add_histogram(self, tag: str, shape: Histogram, step: int) -> None:
+        """Add a histogram that was counted elsewhere."""
+        values: dict[str, Any] = {
+            "min": shape.low,
+            "max": shape.high,
+            "num": sum(shape.counts),
+            "sum": shape.total,
+            "sum_squares": shape.squares,
+            "bucket_limits": shape.limits,
+            "bucket_counts": shape.counts,
+        }
+        self._write(lambda writer: writer.add_histogram_raw(tag, global_step=step, **values))
+
+    def add_results(self, results: dict[str, Any], step: int) -> None:
+        """Complete the run's line in the HParams table."""
+        self.add_scalars({f"final/{name}": results[name] for name in FINAL if name in results}, step)
+        self._add_summary(self._hparams()[2])
+
+    def _hparams(self) -> Any:
+        """Return the run's configuration for the HParams table: the experiment, the session's start and its end.
+
+        The writer's own `add_hparams` would open a second run.
+        """
+        values = {name: str(v) if isinstance(v, list) else v for name, v in asdict(self.config).items()}
+        return hparams(values, dict.fromkeys(f"final/{name}" for name in FINAL))
+
+    def _add_summary(self, summary: Any, step: int | None = None) -> None:
+        # What the writer's own methods call.
+        self._write(lambda writer: writer._get_file_writer().add_summary(summary, step))
+
+    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
+        if self._writer is not None:
+            try:
+                write(self._writer)
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        self.warn(
+            f"the event file in {self.folder} cannot be written ({error.strerror or error}); training goes on,"
+            " and the next log entry tries again"
+        )
+
+
+def _quiet_about_writing(arguments: threading.ExceptHookArgs) -> None:
+    """Keep TensorBoard's thread from printing a traceback of what `EventFile` tells in a line."""
+    if not isinstance(arguments.exc_value, OSError):
+        threading.__excepthook__(arguments)

@@ -1,0 +1,38 @@
+"""What a run knows about itself besides weights, optimizer and random states; stored in each checkpoint."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+# What a log entry tells of the steps since the entry before.
+SUMS = ("train_seconds", "samples", "tokens", "operations", "loss_sum", "loss_tokens", "clipped_steps")
+
+
+@dataclass
+class RunState:
+    """What a run knows about itself besides weights, optimizer and random states; stored in each checkpoint."""
+
+    step: int = 0  # optimizer steps taken
+    skipped_steps: int = 0  # of them, those whose update fp16's loss scaling dropped
+    nonfinite_steps: int = 0  # of them, those whose loss or gradient was infinite or NaN
+    nonfinite_in_row: int = 0  # of these, the latest ones without another step between
+    last_nonfinite_step: int = 0
+    clipped_steps: int = 0
+    train_seconds: float = 0.0  # without evaluating, saving and sampling
+    samples: int = 0
+    tokens: int = 0  # that were targets
+    operations: float = 0.0  # floating-point operations that the model's mathematics needed
+    loss_sum: float = 0.0  # over the targets of all steps that were applied, in nats
+    loss_tokens: int = 0  # how many those are
+    logged: dict[str, float] = field(default_factory=dict)  # SUMS and the step at the last log entry
+    best_loss: float = math.inf  # lowest evaluation loss
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    evaluation_due: bool = False  # a signal came before it was finished
+    depth_steps: list[int] = field(default_factory=list)  # the steps whose gradients were measured
+    depth_norms: list[list[float]] = field(default_factory=list)  # and the norm of each block at them
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+    def since_log(self, name: str) -> float:
+        """Return how much a sum has grown since the last log entry."""
+        return float(getattr(self, name)) - self.logged.get(name, 0)

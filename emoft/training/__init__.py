@@ -1,0 +1,1 @@
+"""What an optimization step is made of: label shift and loss, optimizer, precision, randomness, signals."""

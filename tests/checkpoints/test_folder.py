@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore
+
+from emoft.checkpoints.folder import (
+    SaveError,
+    checkpoints,
+    find_checkpoint,
+    prepare_output_dir,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from emoft.config import TrainConfig
+from emoft.distributed.world import World
+from emoft.errors import UserError
+
+
+def make(folder: Path, *steps: int) -> None:
+    for step in steps:
+        (folder / f"checkpoint-{step}").mkdir()
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(path.name.split("-")[1]) for path in checkpoints(folder)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (0, None, [2, 9, 10, 100]),  # no limit
+        (2, None, [10, 100]),  # by number, not by name
+        (2, 9, [9, 100]),  # the best counts among them
+        (2, 100, [10, 100]),
+        (1, 9, [9, 100]),  # the newest stays too: a resume from an older one would lose steps
+        (1, None, [100]),
+        (9, 2, [2, 9, 10, 100]),
+    ],
+)
+def test_which_checkpoints_are_kept(tmp_path: Path, limit: int, best: int | None, kept: list[int]) -> None:
+    make(tmp_path, 2, 10, 9, 100)
+    (tmp_path / "checkpoint-mine").mkdir()  # not ours: neither counted nor removed
+    remove_old_checkpoints(tmp_path, limit, best)
+    assert steps(tmp_path) == kept
+    assert (tmp_path / "checkpoint-mine").is_dir()
+
+
+def test_a_save_that_fails_leaves_no_checkpoint(tmp_path: Path) -> None:
+    def write_half(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SaveError, match="No space left on device"):
+        save_checkpoint(tmp_path, 7, write_half, {})
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path, 7, lambda folder: (folder / "model.safetensors").touch(), {})
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "checkpoint-7",
+        "manifest.json",
+        "model.safetensors",
+        "training_state.pt",
+    ]
+
+
+class TestAfterAFailure:
+    """Processes that torchrun has started in place of others."""
+
+    @pytest.fixture
+    def old_run(self, tmp_path: Path) -> Path:
+        """A folder that holds a run of an earlier launch."""
+        save_checkpoint(tmp_path, 7, lambda folder: (folder / "model.safetensors").touch(), {})
+        (tmp_path / "train_config.yaml").touch()
+        return tmp_path
+
+    def test_a_run_that_was_begun_goes_on_whatever_the_flags_say(self, old_run: Path) -> None:
+        world = World(0, 2, launched=True, store=HashStore())
+        world.begin_run()
+        for flags in (
+            {},
+            {"overwrite_output_dir": True},
+            {"resume_from_checkpoint": "latest"},
+            {"resume_from_checkpoint": "elsewhere/checkpoint-3"},
+        ):
+            config = TrainConfig(output_dir=str(old_run), **flags)
+            assert find_checkpoint(config, world) == old_run / "checkpoint-7"
+            prepare_output_dir(config, resumes=True)
+            assert steps(old_run) == [7], "its own checkpoints are not those to be overwritten"
+
+    def test_what_an_earlier_launch_left_is_not_the_run_that_failed(self, old_run: Path) -> None:
+        """They failed before they had begun, while the libraries were loading for example."""
+        world = World(0, 2, launched=True, store=HashStore())
+        with pytest.raises(UserError, match="already holds a run"):
+            find_checkpoint(TrainConfig(output_dir=str(old_run)), world)
+        config = TrainConfig(output_dir=str(old_run), overwrite_output_dir=True)
+        assert find_checkpoint(config, world) is None
+        prepare_output_dir(config)
+        assert steps(old_run) == []
+
+    def test_before_its_first_checkpoint_it_begins_as_the_flags_say(self, old_run: Path, tmp_path: Path) -> None:
+        world = World(0, 2, launched=True, store=HashStore())
+        world.begin_run()
+        begun = tmp_path / "begun"
+        begun.mkdir()
+        (begun / "train_config.yaml").touch()
+        assert find_checkpoint(TrainConfig(output_dir=str(begun)), world) is None
+        config = TrainConfig(output_dir=str(begun), resume_from_checkpoint=str(old_run / "checkpoint-7"))
+        assert find_checkpoint(config, world) == old_run / "checkpoint-7"

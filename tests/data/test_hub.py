@@ -1,0 +1,238 @@
+"""The Hub in reach, out of reach in every way a network has, and without what it was asked for."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SENTENCES, Result, WarmScripts, environment, run_fresh
+from datasets import ClassLabel, Dataset, Features, Value
+from hub_server import HubServer, free_port
+from safetensors.torch import load_file
+
+from emoft.data.hub import PROBE_SECONDS
+
+LABELS = ["sadness", "joy", "love", "anger", "fear", "surprise"]
+CARD = """---
+configs:
+- config_name: split
+  data_files:
+  - split: train
+    path: split/train-*
+  - split: validation
+    path: split/validation-*
+  - split: test
+    path: split/test-*
+  default: true
+- config_name: unsplit
+  data_files:
+  - split: train
+    path: unsplit/train-*
+---
+"""
+UNKNOWN_HOST = "http://no-such-host.invalid"
+# In a fresh process the imports come on top: six seconds on a quiet machine, and no matter of the Hub.
+START_SECONDS = 10  # for a process with its imports behind it, from noticing how things stand to the end of a tiny run
+
+
+class Hub(WarmScripts):
+    """An address for a Hub, and scripts whose libraries were imported with that address in HF_ENDPOINT."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.repositories = folder / "repositories"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "warm_start.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **online(folder, self.url)},
+        )
+
+    def __call__(self, script: str, *args: object, cwd: Path, stdin: str = "", **env: str) -> Result:
+        (process,) = self.start(script, *args, cwd=cwd, stdin=stdin, **env)
+        timer = threading.Timer(60, os.kill, (process, signal.SIGKILL))  # not to wait for a network for ever
+        timer.start()
+        try:
+            return self.finish()
+        finally:
+            timer.cancel()
+
+    def up(self) -> HubServer:
+        return HubServer(self.repositories, self.port)
+
+    def down(self) -> HubServer:
+        """A Hub that has only errors to offer."""
+        return HubServer(self.repositories, self.port, is_down=True)
+
+    def refusing(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def silent(self) -> AbstractContextManager[object]:
+        """Accepts connections and never answers."""
+        return socket.create_server(("127.0.0.1", self.port))
+
+
+def online(folder: Path, url: str) -> dict[str, str]:
+    """The environment of a process with a private cache and the Hub at an address of ours."""
+    names = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url, "HF_UPDATE_DOWNLOAD_COUNTS": "0", "no_proxy": "*"}
+    return environment(folder, **names)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < seconds
+
+
+def messages(result: Result) -> list[str]:
+    return [line for line in result.error_lines if line.replace("\x1b[A", "").strip()]
+
+
+def assert_only_warning(result: Result, url: str) -> None:
+    assert result.code == 0, result.err
+    assert "saved the model" in result.out
+    (warning,) = messages(result)
+    assert warning.startswith(f"warning: {url} is out of reach (")
+    assert warning.endswith("): using the cache")
+
+
+def assert_error(result: Result, *words: str) -> None:
+    """One line of error and at most one of warning, with exit code 2."""
+    *warnings, error = messages(result)
+    assert result.code == 2, result.err
+    assert len(warnings) <= 1
+    assert all(line.startswith("warning: ") for line in warnings)
+    assert error.startswith("train.py: error: --")
+    assert [word for word in words if word not in error] == [], error
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Hub]:
+    """An address where no Hub is yet, and its repositories: gpt2, a model without a tokenizer, dair-ai/emotion."""
+    hub = Hub(tmp_path_factory.mktemp("hub"))
+    gpt2 = hub.repositories / "models" / "openai-community" / "gpt2"
+    bare = hub.repositories / "models" / "someone" / "no-tokenizer"
+    emotion = hub.repositories / "datasets" / "dair-ai" / "emotion"
+    for folder in (gpt2, bare, emotion / "split", emotion / "unsplit"):
+        folder.mkdir(parents=True)
+    for file in tiny_model.iterdir():
+        (gpt2 / file.name).write_bytes(file.read_bytes())
+        if "token" not in file.name:
+            (bare / file.name).write_bytes(file.read_bytes())
+    rows = Dataset.from_dict(
+        {"text": [text for text, _ in SENTENCES], "label": [LABELS.index(label) for _, label in SENTENCES]},
+        features=Features({"text": Value("string"), "label": ClassLabel(names=LABELS)}),
+    )
+    for name in ("split/train", "split/validation", "split/test", "unsplit/train"):
+        rows.to_parquet(emotion / f"{name}-00000-of-00001.parquet")
+    (emotion / "README.md").write_text(CARD, encoding="utf-8")
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def first_run(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[str], Path]:
+    """`python train.py` with the Hub in reach, what the Hub was asked for, and the folder it ran in."""
+    folder = tmp_path_factory.mktemp("first-run")
+    with hub.up() as server:
+        result = hub("train.py", cwd=folder)
+    return result, server.requests, folder
+
+
+@pytest.fixture
+def cached(hub: Hub, first_run: object) -> Hub:
+    """The Hub after the run that put everything into the cache."""
+    return hub
+
+
+def test_downloads_what_it_needs_and_trains(first_run: tuple[Result, list[str], Path], tiny_model: Path) -> None:
+    result, requests, folder = first_run
+    assert result.code == 0, result.err
+    assert messages(result) == []
+    files = {re.sub(".*/resolve/[^/]+/", "", line) for line in requests if line.startswith("GET")}
+    assert {"model.safetensors", "tokenizer.json", "split/train-00000-of-00001.parquet"} <= files
+    assert "unsplit/train-00000-of-00001.parquet" not in files
+    model = folder / "gpt2-emotion-finetuned"
+    trained, given = (load_file(path / "model.safetensors") for path in (model, tiny_model))
+    name = "transformer.wte.weight"
+    assert 0 < (trained[name] - given[name]).abs().max() < 0.01  # 6 steps away from the downloaded weights
+    state = json.loads((model / "trainer_state.json").read_text())
+    assert state["global_step"] == 6  # 3 epochs of 8 rows, 4 at a time
+    assert "eval_loss" in json.loads((model / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("outage", ["refusing", "silent", "down"])
+def test_starts_from_the_cache(cached: Hub, tmp_path: Path, outage: str) -> None:
+    with getattr(cached, outage)(), within(PROBE_SECONDS + START_SECONDS):
+        result = cached("train.py", cwd=tmp_path)
+    assert_only_warning(result, cached.url)
+
+
+def test_starts_from_the_cache_in_a_fresh_process(cached: Hub, tmp_path: Path) -> None:
+    result = run_fresh("train.py", cwd=tmp_path, timeout=60, **online(cached.folder, UNKNOWN_HOST))
+    assert_only_warning(result, UNKNOWN_HOST)
+
+
+def test_keeps_the_labels_in_the_cache(cached: Hub, tmp_path: Path) -> None:
+    result = cached("train.py", "--template", "{label}: {text}", "--max_steps", 1, cwd=tmp_path)
+    assert_only_warning(result, cached.url)
+    assert json.loads((tmp_path / "gpt2-emotion-finetuned" / "emoft.json").read_text())["labels"] == LABELS
+
+
+@pytest.mark.parametrize(("flag", "name"), [("dataset_name", "someone/uncached"), ("model_name_or_path", "uncached")])
+def test_out_of_reach_and_not_in_the_cache(cached: Hub, tmp_path: Path, flag: str, name: str) -> None:
+    with within(START_SECONDS):
+        result = cached("train.py", f"--{flag}", name, cwd=tmp_path)
+    assert_error(result, f"--{flag} {name}", "not in the cache", "refused", "local folder", "--config demo")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("outage", ["silent", "unknown host", "HF_HUB_OFFLINE"])
+def test_out_of_reach_and_nothing_in_the_cache(hub: Hub, tmp_path: Path, train_file: Path, outage: str) -> None:
+    """Each in a fresh process, the one that waits longest with the data missing, the others with the model missing."""
+    env = online(tmp_path, hub.url if outage == "silent" else UNKNOWN_HOST)
+    if outage == "HF_HUB_OFFLINE":
+        env["HF_HUB_OFFLINE"] = "1"
+    data = [] if outage == "silent" else ["--train_file", train_file]
+    with hub.silent():
+        result = run_fresh("train.py", *data, cwd=tmp_path, timeout=60, **env)
+    what = "--model_name_or_path gpt2" if data else "--dataset_name dair-ai/emotion"
+    reason = "HF_HUB_OFFLINE" if outage == "HF_HUB_OFFLINE" else "the Hub is out of reach ("
+    assert_error(result, what, "not in the cache", reason, "local folder", "--config demo")
+    assert len(messages(result)) == (1 if outage == "HF_HUB_OFFLINE" else 2)
+    assert not (tmp_path / "gpt2-emotion-finetuned").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("model_name_or_path", "someone/nothing", ["to be had from the Hub", "spelling"]),
+        ("model_name_or_path", "someone/no-tokenizer", ["no vocab.json", "another"]),
+        ("dataset_name", "someone/nothing", ["no data set to be had from the Hub", "spelling"]),
+        ("dataset_config_name", "spilt", ["dair-ai/emotion", "'split', 'unsplit'"]),
+    ],
+)
+def test_not_on_the_hub(cached: Hub, tmp_path: Path, flag: str, value: str, words: list[str]) -> None:
+    with cached.up(), within(START_SECONDS):
+        result = cached("train.py", f"--{flag}", value, cwd=tmp_path)
+    assert_error(result, f"--{flag} {value}", *words)
+    assert len(messages(result)) == 1
+
+
+def test_folder_without_tokenizer(cached: Hub, tmp_path: Path) -> None:
+    folder = cached.repositories / "models" / "someone" / "no-tokenizer"
+    result = cached("train.py", "--model_name_or_path", folder, cwd=tmp_path)
+    assert_error(result, f"--model_name_or_path {folder}", "no tokenizer")

@@ -1,0 +1,93 @@
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Result
+from datasets import Dataset
+from transformers import GPT2Tokenizer
+
+from emoft.config import TrainConfig
+from emoft.data.reading import read_splits
+from emoft.data.template import TextFormat
+from emoft.data.tokens import check_room, checksum, encode, tokenize, unigram_entropy
+from emoft.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+class TestTokens:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def tokenizer(cls, tiny_model: Path) -> GPT2Tokenizer:
+        return GPT2Tokenizer.from_pretrained(tiny_model)
+
+    def test_one_end_of_text_then_cut(self, tokenizer: GPT2Tokenizer) -> None:
+        eos = tokenizer.eos_token_id
+        short, long = encode(tokenizer, ["i feel", "i feel sad " * 20], TextFormat("{text}", max_length=16))
+        assert short[-1] == eos and short.count(eos) == 1
+        assert len(long) == 16 and eos not in long  # a text that was cut is not taught to end there
+        assert encode(tokenizer, ["i feel"], TextFormat("{text}", append_eos=False)) == [short[:-1]]
+
+    def test_an_end_of_text_written_in_a_text_is_text(self, tokenizer: GPT2Tokenizer) -> None:
+        (row,) = encode(tokenizer, ["a <|endoftext|> b"], TextFormat("{text}"))
+        assert row.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(row[:-1]) == "a <|endoftext|> b"
+
+    def test_are_cached_and_memory_mapped(self, tokenizer: GPT2Tokenizer, tmp_path: Path) -> None:
+        (tmp_path / "train.csv").write_text("text\ni feel fine\nand so it goes on without any end to this day\n")
+        files = []
+        for max_length in (64, 64, 8):
+            splits, text_format = read_splits(
+                TrainConfig(train_file=str(tmp_path / "train.csv"), max_length=max_length)
+            )
+            rows = tokenize(splits["train"], tokenizer, text_format, "train")
+            tokenizer(["another use changes the tokenizer's state"], padding=True, truncation=True, max_length=4)
+            (file,) = {entry["filename"] for entry in rows.cache_files}
+            files.append((file, os.stat(file).st_mtime_ns))
+            assert max(map(len, rows["input_ids"])) <= max_length
+        assert files[0] == files[1] != files[2]
+
+
+def test_a_second_run_does_not_tokenize_again(run: Callable[..., Result], tiny_model, train_file, tmp_path) -> None:
+    words = ["--model_name_or_path", tiny_model, "--train_file", train_file, "--max_steps", 1, "--delimiter", ";"]
+    home = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    for output_dir, bar in (("one", True), ("two", False)):
+        result = run("train.py", *words, "--template", "{text} " + str(tmp_path), "--output_dir", output_dir, **home)
+        assert result.code == 0, result.err
+        assert ("Tokenizing train" in result.err) == bar
+
+
+def test_unigram_entropy_is_of_all_tokens_but_the_first_of_each_text() -> None:
+    rows = Dataset.from_dict({"input_ids": [[7, 1, 2], [7], [9, 1, 1, 3]]})
+    shares = [3 / 5, 1 / 5, 1 / 5]  # of the tokens 1, 2 and 3
+    assert unigram_entropy(rows) == pytest.approx(-sum(share * math.log(share) for share in shares))
+
+
+def test_the_checksum_is_of_tokens_and_ends() -> None:
+    def of(*texts: list[int]) -> str:
+        return checksum(Dataset.from_dict({"input_ids": list(texts)}))
+
+    assert of([1, 2], [3]) == of([1, 2], [3])
+    assert len({of([1, 2], [3]), of([1], [2, 3]), of([1, 2], [4]), of([1, 2, 3])}) == 4
+
+
+def test_a_text_as_long_as_a_book_is_cut_like_any_other(tiny_model: Path) -> None:
+    tokenizer, text_format = GPT2Tokenizer.from_pretrained(tiny_model), TextFormat("{text}", max_length=20)
+    book = "i feel happy because my friends came to visit and " * 300
+    whole = tokenizer(book)["input_ids"]
+    assert encode(tokenizer, [book], text_format) == [whole[:20]]
+    assert encode(tokenizer, [book * 500], text_format) == [whole[:20]]
+
+
+def test_what_stands_before_a_text_must_leave_room(tiny_model: Path) -> None:
+    tokenizer = GPT2Tokenizer.from_pretrained(tiny_model)
+    labels = ["joy", "an emotion of many tokens"]
+    longest = len(tokenizer(f"{labels[1]}:")["input_ids"])
+    check_room(tokenizer, TextFormat("{label}: {text}", True, longest + 1, labels))
+    with pytest.raises(UserError, match=f"--max_length {longest} leaves no room.*'an emotion of many tokens:'"):
+        check_room(tokenizer, TextFormat("{label}: {text}", True, longest, labels))

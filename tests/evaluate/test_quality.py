@@ -1,0 +1,111 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SENTENCES
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
+
+from emoft.data.template import TextFormat
+from emoft.evaluate.quality import (
+    IndependentClassifier,
+    TrainingTexts,
+    assess,
+    distinct,
+    format_quality,
+    sample,
+    self_repetition,
+)
+from emoft.model.attention import use_packed_attention
+from emoft.model.generation import Generated
+from emoft.training.precision import Precision
+
+FLOAT32 = Precision("no", torch.device("cpu"))
+TRAIN = ["I walked along the river until the sun went down, alone.", "we laughed"]
+
+
+def test_a_run_of_eight_words_is_a_copy() -> None:
+    training = TrainingTexts(TRAIN)
+    assert training.share_a_run("yes, along the river UNTIL the sun went down")
+    assert not training.share_a_run("along the river until the sun went")  # seven
+    assert not training.share_a_run("along the river until the moon went down alone")
+    assert not training.share_a_run("down alone we laughed i walked along the river")  # of two texts
+    assert training.hold("We laughed!")
+    assert not training.hold("we laughed a lot")
+
+
+def test_no_copy_is_missed() -> None:
+    """Against a search for each run in each text."""
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(list("ab"), 20)) for _ in range(20)]
+    training = TrainingTexts(texts)
+    found = 0
+    for _ in range(200):
+        text = " ".join(random.choice(list("ab"), 12))
+        parts = [text.split()[start : start + 8] for start in range(5)]
+        copied = any(f" {' '.join(part)} " in f" {each} " for part in parts for each in texts)
+        assert training.share_a_run(text) == copied
+        found += copied
+    assert 0 < found < 200
+
+
+def test_variety_by_hand() -> None:
+    assert distinct(["a b a", "b a"], 1) == 2 / 5
+    assert distinct(["a b a", "b a"], 2) == 2 / 5  # "a b" and "b a"
+    assert distinct(["a b a", "b a"], 3) == 1 / 5
+    assert distinct([""], 1) == 0
+    assert self_repetition("a b c d a b c d") == 1 - 4 / 5
+    assert self_repetition("a b c d e") == 0
+    assert math.isnan(self_repetition("a b c"))
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model) -> tuple[GPT2LMHeadModel, GPT2Tokenizer]:
+    model = GPT2LMHeadModel.from_pretrained(tiny_model).eval()
+    use_packed_attention(model)
+    tokenizer = GPT2Tokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def test_figures_of_known_texts(parts) -> None:
+    text_format = TextFormat("{label}: {text}", max_length=60, labels=["fear", "joy"])
+    texts, labels = zip(*[row for row in SENTENCES * 3 if row[1] in ("joy", "fear")], strict=True)
+    samples = {
+        "joy": [
+            Generated("joy:", "joy: i feel happy because my friends came to visit", 9, True),
+            Generated("joy:", "joy: we laughed all evening", 9, True),
+        ],
+        "fear": [
+            Generated("fear:", "fear: i feel happy because my friends came by", 9, False),
+            Generated("fear:", "fear: the dark street the dark street the dark street", 9, True),
+        ],
+    }
+    independent = IndependentClassifier(texts, labels)
+    table = assess(*parts, text_format, samples, FLOAT32, 4, TrainingTexts(texts), independent)
+    assert (table["joy"]["recognized_by_tfidf"], table["fear"]["recognized_by_tfidf"]) == (1, 0.5)
+    assert [table[name]["ended"] for name in ("joy", "fear", "all")] == [1, 0.5, 0.75]
+    assert [table[name]["copied"] for name in ("joy", "fear", "all")] == [0.5, 0, 0.25]
+    assert table["joy"]["copied_whole"] == 1
+    assert table["fear"]["self_repetition"] == pytest.approx((0 + (1 - 3 / 6)) / 2)
+    assert table["joy"]["distinct_1"] == 1
+    low, high = table["all"]["copied_interval"]
+    assert low <= 0.25 <= high
+    assert format_quality(table).splitlines()[2].split()[0] == "fear"
+
+
+def test_samples_are_of_the_emotion_asked_for(parts) -> None:
+    text_format = TextFormat("{label}: {text}", max_length=30, labels=["fear", "joy"])
+    samples = sample(*parts, text_format, 3, "no", 4, seed=1)
+    assert {label: len(texts) for label, texts in samples.items()} == {"fear": 3, "joy": 3}
+    assert all(text.text.startswith(f"{label}:") for label, texts in samples.items() for text in texts)
+    assert sample(*parts, text_format, 3, "no", 4, seed=1) == samples
+    assert sample(*parts, text_format, 3, "no", 4, seed=2) != samples
+
+
+def test_the_text_is_taken_out_of_the_template() -> None:
+    text_format = TextFormat("{label}: {text} [end]", labels=["joy"])
+    assert text_format.extract("joy: so it is [end] and more", "joy") == "so it is"
+    assert text_format.extract("joy: so it", "joy") == "so it"
+    assert text_format.extract("joy:", "joy") == ""
+    assert TextFormat("{text}").extract("any text") == "any text"
