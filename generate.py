@@ -1,20 +1,25 @@
 """Generate texts from a model that train.py saved: `python generate.py --help` lists the flags."""
 
-import json
 import sys
+
+from emoft import start
+from emoft.config import GenerateConfig
+from emoft.errors import UserError, guarded, run, warn
+from emoft.model.prompts import read_prompts
+
+if __name__ == "__main__":
+    # Here, before the imports below, which take seconds: a mistake in the flags is told at once.
+    config = start.read_flags(GenerateConfig)
+    prompts = guarded(lambda: read_prompts(config))
+    start.loading(sys.stderr)
+
+import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from tqdm import tqdm
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft import errors
-from emoft.config import GenerateConfig, parse_config
-from emoft.data.template import TextFormat
-from emoft.errors import UserError, warn
 from emoft.model.generation import (
     Generated,
     TerminalStreamer,
@@ -25,55 +30,10 @@ from emoft.model.generation import (
 )
 from emoft.model.kernels import use_fast_kernels
 from emoft.model.loading import load_model, load_tokenizer
+from emoft.terminal import progress
 from emoft.training.precision import Precision, choose_device
 
-TUTORIAL_PROMPT = "Emotion: i didnt feel well"
 SAMPLING = ("temperature", "top_k", "top_p")  # flags that only --do_sample has a use for
-
-
-def read_prompts(config: GenerateConfig) -> list[str]:
-    """Return the prompts that the flags ask for; without any, the tutorial's.
-
-    Raises:
-        UserError: flags that contradict each other, a file that cannot be read, an emotion the model does not know.
-    """
-    sources = {
-        "--prompt": config.prompt,
-        "--emotion": config.emotion,
-        "--prompts_file": config.prompts_file,
-        "--interactive": config.interactive,
-    }
-    given = [flag for flag, value in sources.items() if value]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} each say what to continue: give one of them")
-    if config.interactive and (config.json or config.num_return_sequences > 1):
-        raise UserError("--interactive prints one text at a time: drop --json and --num_return_sequences")
-    if config.text and not config.emotion:
-        raise UserError("--text goes with --emotion: add one, or give the whole prompt by --prompt")
-    if config.emotion:
-        return [TextFormat.load(Path(config.model_name_or_path)).prompt(config.emotion, config.text)]
-    if config.prompts_file:
-        return _lines(config.prompts_file)
-    return config.prompt or [TUTORIAL_PROMPT]
-
-
-def _lines(name: str) -> list[str]:
-    """Return the lines of a file, or of standard input, that are not blank."""
-    try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        # Not splitlines, which takes some characters of a text for ends of lines too.
-        lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-        prompts = [line for line in lines if line.strip()]
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"--prompts_file {name} line {line} is not UTF-8: save the file in the encoding UTF-8"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--prompts_file {name}: {error.strerror}, check the path") from None
-    if not prompts:
-        raise UserError(f"--prompts_file {name} holds no prompt: write one a line")
-    return prompts
 
 
 def show(results: Iterable[Generated], as_json: bool) -> None:
@@ -87,29 +47,21 @@ def show(results: Iterable[Generated], as_json: bool) -> None:
                 "new_tokens": result.new_tokens,
                 "finished": result.finished,
             }
-            tqdm.write(json.dumps(line, ensure_ascii=False))
+            print(json.dumps(line, ensure_ascii=False))
         else:
-            tqdm.write(result.text)
+            print(result.text)
     sys.stdout.flush()
 
 
-def main() -> int:
-    """Read the flags, load the model, print what it writes."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading and saving, which take a moment
-    config = parse_config(GenerateConfig)
-    name = config.model_name_or_path
-    if name == GenerateConfig.model_name_or_path and not Path(name).is_dir():
-        raise UserError(
-            f"no folder {name} here: train first with python train.py, or name a model by --model_name_or_path"
-        )
-    prompts = read_prompts(config)
+def main(config: GenerateConfig, prompts: list[str]) -> int:
+    """Load the model and print what it writes."""
+    start.libraries_are_loaded()
     if not config.do_sample:
         changed = [name for name in SAMPLING if getattr(config, name) != getattr(GenerateConfig, name)]
         if changed:
             warn(f"--{changed[0]} shapes random draws, and there are none: add --do_sample")
-    tokenizer = load_tokenizer(name)
-    model = load_model(name)
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    model = load_model(config.model_name_or_path)
     texts = 1 if config.interactive else min(config.batch_size, len(prompts) * config.num_return_sequences)
     precision = choose_generation_precision(config.mixed_precision, choose_device(config.use_cpu), texts)
     model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
@@ -131,13 +83,9 @@ def main() -> int:
     if config.interactive:
         return converse(model, tokenizer, precision, options)
 
-    if config.num_return_sequences > 1 and not config.do_sample:
-        raise UserError(f"--num_return_sequences {config.num_return_sequences} would be the same text: add --do_sample")
     repeats = config.num_return_sequences
     results = generate_all(model, tokenizer, prompts, config.batch_size, precision, repeats, **options)
-    for result in tqdm(
-        results, total=len(prompts), desc="Generating", unit="prompt", disable=None, leave=False, delay=1
-    ):
+    for result in progress(results, "Generating", "prompt", len(prompts)):
         show(result, config.json)
     return 0
 
@@ -163,4 +111,4 @@ def converse(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, precision: Precis
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(lambda: main(config, prompts))

@@ -1,101 +1,129 @@
-"""Every flag: its meaning, unit, default and check. The names are those of `TrainingArguments` and `run_clm.py`."""
+"""Every flag: its meaning, unit, default and check. The names are those of `TrainingArguments` and `run_clm.py`.
 
-import argparse
-import difflib
+Nothing here or below takes long to import, so that --help and a mistake in the flags are answered at once.
+"""
+
 import os
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
+from typing import Annotated, ClassVar, Literal
 
 import yaml
-from transformers import HfArgumentParser
 
 from emoft.errors import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from emoft.flags import (
+    Check,
+    Command,
+    Count,
+    CountOrOff,
+    File,
+    Folder,
+    Length,
+    Name,
+    NameOrFolder,
+    NotNegative,
+    Positive,
+    Probability,
+    Seed,
+    Share,
+    option,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 INPUT_FILES = ("train_file", "validation_file", "test_file")
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a value must satisfy, and how to say so."""
-
-    holds: Callable[[Any], bool]
-    text: str
-
-
-Count = Annotated[int, Check(lambda value: value >= 1, "must be at least 1")]
-CountOrOff = Annotated[int, Check(lambda value: value >= 0, "must be 0 (off) or more")]
-Positive = Annotated[float, Check(lambda value: 0 < value < float("inf"), "must be above 0")]
-NotNegative = Annotated[float, Check(lambda value: 0 <= value < float("inf"), "must be 0 or more")]
-Share = Annotated[float, Check(lambda value: 0 <= value < 1, "must be at least 0 and below 1")]
-Seed = Annotated[int, Check(lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32")]
-Length = Annotated[int, Check(lambda value: value >= 2, "must be at least 2, a token and the next one")]
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the sentence that --help shows."""
-    return field(default=default, metadata={"help": help})
+VocabularySize = Annotated[int, Check(lambda value: value >= 257, "must hold 256 bytes and end-of-text: 257 or more")]
+LengthOrSaved = Annotated[int, Check(lambda value: value == 0 or value >= 2, "must be 0 or at least 2")]
 
 
 @dataclass
 class TrainConfig:
     """The flags of train.py."""
 
-    # Model
-    model_name_or_path: str = option(
-        "gpt2", "a GPT-2 on the Hub or in a folder; empty: a fresh model with a tokenizer trained on the train split"
+    command: ClassVar[Command] = Command(
+        "train.py",
+        "Fine-tune GPT-2 on short emotional texts. Without any flag it is the tutorial's job: gpt2 on dair-ai/emotion,"
+        " for 3 epochs. The folder --output_dir then holds the model, its checkpoints and what TensorBoard shows;"
+        " generate.py writes texts with it.",
+        {
+            "python train.py --config demo": "a small model from nothing, on bundled sentences: no download, no GPU",
+            "python train.py --train_file texts.csv --text_column message": "your own texts, one a row",
+            "python train.py --resume_from_checkpoint latest": "go on where the last run stopped",
+        },
+        presets=PRESETS,
+        file_flag="train_file",
     )
-    config_overrides: str = option("", "for a fresh model: GPT2Config values, such as n_layer=4,n_embd=256,n_head=4")
-    vocab_size: Annotated[
-        int, Check(lambda value: value >= 257, "must hold 256 bytes and end-of-text: 257 or more")
-    ] = option(8000, "for a fresh model: size of its byte-level BPE vocabulary, in tokens")
-    tokenizer_name: str = option("", "a tokenizer on the Hub or in a folder, if it is not the model's own")
 
-    # Data
-    dataset_name: str = option("dair-ai/emotion", "a data set on the Hub or in a folder; train_file goes before it")
-    dataset_config_name: str = option(
-        "", "the configuration of dataset_name (empty: its only one; split of dair-ai/emotion)"
+    model_name_or_path: NameOrFolder = option(
+        "gpt2",
+        "a GPT-2 on the Hub or in a folder; empty: a fresh model with a tokenizer trained on the train split",
+        begins_group="Model",
+        on_resume="free",
     )
-    train_file: str = option("", "a .csv, .tsv, .json, .jsonl, .parquet or .txt file to train on")
-    validation_file: str = option("", "a file to evaluate on")
-    test_file: str = option("", "a file to evaluate the final model on, once")
+    config_overrides: str = option(
+        "", "for a fresh model: GPT2Config values, such as n_layer=4,n_embd=256,n_head=4", on_resume="free"
+    )
+    vocab_size: VocabularySize = option(
+        8000, "for a fresh model: size of its byte-level BPE vocabulary, in tokens", on_resume="free"
+    )
+    tokenizer_name: NameOrFolder = option(
+        "", "a tokenizer on the Hub or in a folder, if it is not the model's own", on_resume="free"
+    )
+
+    dataset_name: NameOrFolder = option(
+        "dair-ai/emotion",
+        "a data set on the Hub or in a folder; --train_file goes before it",
+        begins_group="Data",
+        on_resume="data",
+    )
+    dataset_config_name: Name = option(
+        "", "the configuration of dataset_name (empty: its only one; split of dair-ai/emotion)", on_resume="data"
+    )
+    train_file: File = option("", "a .csv, .tsv, .json, .jsonl, .parquet or .txt file to train on", on_resume="data")
+    validation_file: File = option("", "a file to evaluate on", on_resume="free")
+    test_file: File = option("", "a file to evaluate the final model on, once", on_resume="free")
     delimiter: str = option(
-        "", "separates the columns of .csv (default ,) and .txt (there: text;label, the last counts)"
+        "",
+        "separates the columns of .csv (default ,) and .txt (there: text;label, the last counts)",
+        on_resume="data",
     )
-    column_names: list[str] = field(
-        default_factory=list, metadata={"help": "names of the columns of a .csv or .tsv file without a header line"}
+    column_names: list[Name] = option(
+        [], "names of the columns of a .csv or .tsv file without a header line", on_resume="data"
     )
-    text_column: str = option("text", "the column that holds the messages")
-    label_column: str = option("label", "the column that holds the emotions; read only if the template has {label}")
+    text_column: Name = option("text", "the column that holds the messages", on_resume="data")
+    label_column: Name = option(
+        "label", "the column that holds the emotions; read only if the template has {label}", on_resume="data"
+    )
     template: str = option("Emotion: {text}", "the text of an example; may hold {label} before {text}")
-    append_eos: bool = option(True, "end each text with the end-of-text token, which teaches the model to stop")
+    append_eos: bool = option(
+        True,
+        "end each text with the end-of-text token, which teaches the model to stop",
+        negation="do not, and it never learns to",
+    )
     max_length: Length = option(64, "longest text in tokens, end-of-text included; the rest is cut")
     drop_duplicates: bool = option(
-        False, "leave out of train what it holds twice, exactly or nearly, and what the evaluation splits hold too"
+        False,
+        "leave out of train what it holds twice, exactly or nearly, and what the evaluation splits hold too",
+        on_resume="data",
     )
-    max_train_samples: CountOrOff = option(0, "train on the first so many examples (0: all)")
+    max_train_samples: CountOrOff = option(0, "train on the first so many examples (0: all)", on_resume="data")
     max_eval_samples: CountOrOff = option(0, "evaluate on the first so many examples of each split (0: all)")
 
-    # Steps
-    num_train_epochs: Positive = option(3.0, "passes over the train split")
+    num_train_epochs: Positive = option(3.0, "passes over the train split", begins_group="Steps")
     max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs (-1: by epochs)")
-    per_device_train_batch_size: Count = option(4, "examples in a micro-batch")
-    per_device_eval_batch_size: Count = option(16, "examples in a batch of an evaluation")
-    gradient_accumulation_steps: Count = option(1, "micro-batches in an optimizer step")
+    per_device_train_batch_size: Count = option(4, "examples in a micro-batch", on_resume="step_size")
+    per_device_eval_batch_size: Count = option(16, "examples in a batch of an evaluation", on_resume="free")
+    gradient_accumulation_steps: Count = option(1, "micro-batches in an optimizer step", on_resume="step_size")
     batching: Literal["packed", "padded"] = option(
         "packed", "how a batch lies in memory: packed end to end without padding, or padded to its longest text"
     )
 
-    # Optimization
-    learning_rate: Positive = option(5e-5, "highest learning rate of AdamW")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option("linear", "how it decays after the warmup")
-    warmup_steps: NotNegative = option(0.0, "steps in which it rises from 0; below 1: that share of all steps")
+    learning_rate: Positive = option(5e-5, "highest learning rate of AdamW", begins_group="Optimization")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
+        "linear", "how the learning rate decays after the warmup"
+    )
+    warmup_steps: NotNegative = option(
+        0.0, "steps in which the learning rate rises from 0; below 1: that share of all steps"
+    )
     weight_decay: NotNegative = option(0.0, "AdamW's weight decay, of matrices only")
     adam_beta1: Share = option(0.9, "AdamW's decay of the mean of gradients")
     adam_beta2: Share = option(0.999, "AdamW's decay of the mean of squared gradients")
@@ -104,44 +132,64 @@ class TrainConfig:
         0.0, "weight of telling each text's label from wrong ones by the likelihood of the text under each (0: off)"
     )
     contrast_labels: Count = option(
-        3, "with label_contrast: wrong labels tried for each text and step, each as much work as the text itself"
+        3, "with --label_contrast: wrong labels tried for each text and step, each as much work as the text itself"
     )
     max_grad_norm: NotNegative = option(1.0, "clip the gradient to this norm (0: off)")
     seed: Seed = option(42, "of the weights of a fresh model, the order of the data, dropout and samples")
 
-    # Speed
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "auto", "type of the matrix products; auto: bf16 where the device computes in it, else fp16 on a GPU, else no"
+        "auto",
+        "type of the matrix products; auto: bf16 where the device computes in it, else fp16 on a GPU, else no",
+        begins_group="Speed",
     )
     torch_compile: bool = option(
-        False, "compile the model first, which takes minutes and does not pay on a few CPU cores"
+        False,
+        "compile the model first, which takes minutes and does not pay on a few CPU cores",
+        on_resume="free",
     )
-    gradient_checkpointing: bool = option(False, "keep fewer activations and compute them again: less memory, slower")
+    gradient_checkpointing: bool = option(
+        False, "keep fewer activations and compute them again: less memory, slower", on_resume="free"
+    )
 
-    # Output
-    output_dir: str = option("gpt2-emotion-finetuned", "folder of the model, checkpoints and logs")
-    overwrite_output_dir: bool = option(False, "delete the run that output_dir holds and start anew")
+    output_dir: Folder = option(
+        "gpt2-emotion-finetuned", "folder of the model, checkpoints and logs", begins_group="Output", on_resume="free"
+    )
+    overwrite_output_dir: bool = option(False, "delete the run that output_dir holds and start anew", on_resume="free")
     logging_steps: Count = option(50, "optimizer steps between two log entries")
     eval_steps: CountOrOff = option(0, "optimizer steps between two evaluations (0: at the end of each epoch)")
-    save_steps: CountOrOff = option(10_000, "optimizer steps between two checkpoints (0: off)")
-    save_total_limit: CountOrOff = option(2, "checkpoints kept, the best among them (0: all)")
-    load_best_model_at_end: bool = option(True, "end with the model of the lowest evaluation loss")
-    early_stopping_patience: CountOrOff = option(0, "stop after so many evaluations without a new best (0: off)")
-    resume_from_checkpoint: str = option("", "go on from this checkpoint folder, or from the `latest` of output_dir")
+    save_steps: CountOrOff = option(10_000, "optimizer steps between two checkpoints (0: off)", on_resume="free")
+    save_total_limit: CountOrOff = option(2, "checkpoints kept, the best among them (0: all)", on_resume="free")
+    load_best_model_at_end: bool = option(
+        True,
+        "end with the model of the lowest evaluation loss",
+        negation="end with that of the last step",
+        on_resume="free",
+    )
+    early_stopping_patience: CountOrOff = option(
+        0, "stop after so many evaluations without a new best (0: off)", on_resume="free"
+    )
+    resume_from_checkpoint: Folder = option(
+        "", "go on from this checkpoint folder, or from the `latest` of output_dir", on_resume="free"
+    )
 
-    # Debugging
     log_gradients_every: CountOrOff = option(
-        0, "optimizer steps between two looks at weights, gradients, updates and activations of each block (0: off)"
+        0,
+        "optimizer steps between two looks at weights, gradients, updates and activations of each block (0: off)",
+        begins_group="Debugging",
+        on_resume="free",
     )
-    sample_every: CountOrOff = option(0, "optimizer steps between two rounds of sample texts (0: at the end only)")
+    sample_every: CountOrOff = option(
+        0, "optimizer steps between two rounds of sample texts (0: at the end only)", on_resume="free"
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
-        "stop", "when a loss or gradient is infinite or NaN: stop, or skip that step (ten in a row stop)"
+        "stop",
+        "when a loss or gradient is infinite or NaN: stop, or skip that step (ten in a row stop)",
+        on_resume="free",
     )
 
-    # Devices
-    use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
+    use_cpu: bool = option(False, "stay on the CPU where there is a GPU", begins_group="Devices", on_resume="free")
     parallel: Literal["ddp", "fsdp"] = option(
-        "ddp", "under torchrun: a copy of the model on each device, or its weights spread over them"
+        "ddp", "under torchrun: a copy of the model on each device, or its weights spread over them", on_resume="free"
     )
 
 
@@ -149,27 +197,44 @@ class TrainConfig:
 class GenerateConfig:
     """The flags of generate.py."""
 
-    model_name_or_path: str = option("gpt2-emotion-finetuned", "a folder that train.py wrote, or a GPT-2 on the Hub")
-    prompt: list[str] = field(
-        default_factory=list, metadata={"help": "text to continue, as it is; may repeat", "action": "extend"}
+    command: ClassVar[Command] = Command(
+        "generate.py",
+        "Continue prompts with a model that train.py saved, or any GPT-2. Without any flag it continues the tutorial's"
+        " prompt, by the likeliest token each time.",
+        {
+            "python generate.py --prompt 'Emotion: i feel' --do_sample": "your own beginning, drawn at random",
+            "python generate.py --model_name_or_path emoft-demo --emotion joy --do_sample": "a text for an emotion",
+            "python generate.py --prompts_file prompts.txt --json > texts.jsonl": "many prompts, one a line",
+        },
+        file_flag="prompts_file",
+        text_flag="prompt",
     )
-    emotion: str = option("", "an emotion, put into the template saved with the model")
+
+    model_name_or_path: NameOrFolder = option(
+        "gpt2-emotion-finetuned", "a folder that train.py wrote, or a GPT-2 on the Hub", begins_group="Model"
+    )
+
+    prompt: list[str] = option(
+        [], "text to continue, as it is; may repeat", begins_group="What to continue", repeats=True
+    )
+    emotion: Name = option("", "an emotion, put into the template saved with the model")
     text: str = option("", "with --emotion: how the message begins")
-    prompts_file: str = option("", "a file with a prompt a line; - reads standard input")
+    prompts_file: File = option("", "a file with a prompt a line; - reads standard input")
     interactive: bool = option(False, "ask for a prompt at a time and print its continuation token by token")
 
-    max_length: Length = option(100, "longest result in tokens, prompt included")
+    max_length: Length = option(100, "longest result in tokens, prompt included", begins_group="How to continue")
     max_new_tokens: CountOrOff = option(0, "most tokens after the prompt, instead of max_length (0: by max_length)")
     no_repeat_ngram_size: CountOrOff = option(2, "let no sequence of so many tokens occur twice (0: off)")
     do_sample: bool = option(False, "draw each token at random instead of taking the likeliest")
-    temperature: Positive = option(1.0, "with do_sample: below 1 safer, above 1 wilder")
-    top_k: CountOrOff = option(50, "with do_sample: draw from the so many likeliest tokens (0: all)")
-    top_p: Annotated[float, Check(lambda value: 0 < value <= 1, "must be above 0 and at most 1")] = option(
-        1.0, "with do_sample: draw from the likeliest tokens that hold this probability together"
+    temperature: Positive = option(1.0, "with --do_sample: below 1 safer, above 1 wilder")
+    top_k: CountOrOff = option(50, "with --do_sample: draw from the so many likeliest tokens (0: all)")
+    top_p: Probability = option(
+        1.0, "with --do_sample: draw from the likeliest tokens that hold this probability together"
     )
     num_return_sequences: Count = option(1, "results for each prompt")
     seed: Seed = option(42, "of the random draws")
-    batch_size: Count = option(64, "texts generated at once, which bounds the memory")
+
+    batch_size: Count = option(64, "texts generated at once, which bounds the memory", begins_group="Speed and output")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "as for train.py, but no for few texts on a CPU; no gives a prompt the same text beside any other"
     )
@@ -179,38 +244,55 @@ class GenerateConfig:
 
 @dataclass
 class EvaluateConfig:
-    """The flags of emoft.evaluate.scoring."""
+    """The flags of `python -m emoft.evaluate`."""
 
-    model_name_or_path: str = option("gpt2-emotion-finetuned", "a folder that train.py wrote, or a GPT-2 on the Hub")
+    command: ClassVar[Command] = Command(
+        "emoft.evaluate",
+        "Tell how good a model is on texts that it was not trained on: loss, perplexity and bits per byte, each with"
+        " its 95 % interval; with a {label} template also how often it knows the emotion, and by --generate how good"
+        " its own texts are.",
+        {
+            "python -m emoft.evaluate": "what python train.py left, on the test split of dair-ai/emotion",
+            "python -m emoft.evaluate --model_name_or_path emoft-demo --test_file texts.csv": "on your own texts",
+        },
+        file_flag="test_file",
+    )
 
-    # Data
-    dataset_name: str = option("dair-ai/emotion", "a data set on the Hub or in a folder; test_file goes before it")
-    dataset_config_name: str = option(
+    model_name_or_path: NameOrFolder = option(
+        "gpt2-emotion-finetuned", "a folder that train.py wrote, or a GPT-2 on the Hub", begins_group="Model"
+    )
+
+    dataset_name: NameOrFolder = option(
+        "dair-ai/emotion", "a data set on the Hub or in a folder; --test_file goes before it", begins_group="Data"
+    )
+    dataset_config_name: Name = option(
         "", "the configuration of dataset_name (empty: its only one; split of dair-ai/emotion)"
     )
-    split: str = option("test", "the split of dataset_name to evaluate on")
-    test_file: str = option("", "a file to evaluate on, of the kinds that train.py reads")
-    train_file: str = option(
-        "",
-        "what the model was trained on: tells copies, counts labels, and fits the independent classifier",
+    split: Name = option("test", "the split of dataset_name to evaluate on")
+    test_file: File = option("", "a file to evaluate on, of the kinds that train.py reads")
+    train_file: File = option(
+        "", "what the model was trained on: tells copies, counts labels, and fits the independent classifier"
     )
     delimiter: str = option("", "as for train.py")
-    column_names: list[str] = field(default_factory=list, metadata={"help": "as for train.py"})
-    text_column: str = option("text", "the column that holds the messages")
-    label_column: str = option("label", "the column that holds the emotions; read only if the template has {label}")
+    column_names: list[Name] = option([], "as for train.py")
+    text_column: Name = option("text", "the column that holds the messages")
+    label_column: Name = option("label", "the column that holds the emotions; read only if the template has {label}")
     template: str = option("", "the text of an example (empty: the one saved with the model)")
-    append_eos: bool | None = option(None, "end each text with end-of-text (not given: as the model was trained)")
-    max_length: Annotated[int, Check(lambda value: value == 0 or value >= 2, "must be 0 or at least 2")] = option(
+    append_eos: bool | None = option(
+        None, "end each text with end-of-text (not given: as the model was trained)", negation="do not"
+    )
+    max_length: LengthOrSaved = option(
         0, "longest text in tokens, end-of-text included; the rest is cut (0: as the model was trained)"
     )
     max_eval_samples: CountOrOff = option(0, "evaluate on the first so many examples (0: all)")
 
-    # Emotions
-    use_class_prior: bool = option(False, "weigh each emotion by its share of the train split when classifying")
+    use_class_prior: bool = option(
+        False, "weigh each emotion by its share of the train split when classifying", begins_group="Emotions"
+    )
     generate: CountOrOff = option(0, "sample so many texts for each emotion, and tell how good they are (0: off)")
     temperature: Positive = option(1.0, "of these texts: below 1 safer, above 1 wilder")
     top_k: CountOrOff = option(50, "of these texts: draw from the so many likeliest tokens (0: all)")
-    top_p: Annotated[float, Check(lambda value: 0 < value <= 1, "must be above 0 and at most 1")] = option(
+    top_p: Probability = option(
         1.0, "of these texts: draw from the likeliest tokens that hold this probability together"
     )
     no_repeat_ngram_size: CountOrOff = option(
@@ -218,9 +300,10 @@ class EvaluateConfig:
     )
     seed: Seed = option(42, "of these texts")
 
-    # Output and speed
-    json: bool = option(False, "print one JSON object, each number with its 95 % interval beside it")
-    output_dir: str = option("", "write evaluation.json, confusion.png and samples.jsonl there (empty: nothing)")
+    json: bool = option(
+        False, "print one JSON object, each number with its 95 % interval beside it", begins_group="Output and speed"
+    )
+    output_dir: Folder = option("", "write evaluation.json, confusion.png and samples.jsonl there (empty: nothing)")
     per_device_eval_batch_size: Count = option(32, "texts computed at once")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "no", "as for train.py; no gives the same figures on every machine"
@@ -228,72 +311,19 @@ class EvaluateConfig:
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 
 
-Config = TypeVar("Config", bound="DataclassInstance")
+@dataclass
+class GradientsConfig:
+    """The flags of `python -m emoft.gradients`."""
 
+    command: ClassVar[Command] = Command(
+        "emoft.gradients",
+        "Say in plain words what is wrong with a training run: in which layer, at which step, what to change, and which"
+        " chart of TensorBoard shows it. With --log_gradients_every, train.py measures what most of it is told by.",
+        {"python -m emoft.gradients emoft-demo": "the run of python train.py --config demo"},
+    )
 
-class OneLineParser(argparse.ArgumentParser):
-    """Ends with one line instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message; argparse's own would print a page and exit."""
-        unknown, _, rest = message.partition("unrecognized arguments: ")
-        if not unknown and rest.startswith("--"):
-            flag = rest.split()[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            message = f"unknown flag {flag}" + (f", did you mean {near[0]}?" if near else ", see --help")
-        raise UserError(message)
-
-
-class _Parser(OneLineParser, HfArgumentParser):
-    """Makes flags of a dataclass."""
-
-
-def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """Read a configuration from the command line and, below it, from the preset or YAML file of --config.
-
-    Args:
-        config_class: the dataclass to fill.
-        argv: the words after the script's name; `sys.argv` by default.
-
-    Raises:
-        UserError: an unknown flag, or a value that is of the wrong type or out of range.
-    """
-    parser = _Parser(config_class, allow_abbrev=False)  # type: ignore[arg-type]
-    if config_class is TrainConfig:
-        parser.add_argument("--config", help=f"a preset ({', '.join(preset_names())}) or a YAML file of flags")
-    # Python hides bytes that its locale cannot read in surrogates, which no tokenizer takes.
-    words = [os.fsencode(word).decode("utf-8", errors="replace") for word in (sys.argv[1:] if argv is None else argv)]
-    values = argparse.Namespace()
-    yaml_file = getattr(parser.parse_args(words), "config", None)
-    if yaml_file:
-        path = _yaml_path(yaml_file)
-        try:
-            values = parser.parse_args(_yaml_words(path), values)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-    # argparse leaves alone what the namespace holds already, so that flags win over the file.
-    values = parser.parse_args(words, values)
-    config = config_class(**{each.name: getattr(values, each.name) for each in fields(config_class)})
-    check_values(config)
-    return config
-
-
-def check_values(config: "DataclassInstance") -> None:
-    """Hold each value against the check of its type.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        for condition in getattr(hint, "__metadata__", ()):
-            value = getattr(config, name)
-            if not condition.holds(value):
-                raise UserError(f"--{name} {value} {condition.text}")
-
-
-def preset_names() -> list[str]:
-    """Return the names that --config accepts besides files."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    run_dir: Folder = option("", "an output folder of train.py, of a finished or a running run", positional=True)
+    json: bool = option(False, "print one object of JSON")
 
 
 def config_text(config: TrainConfig) -> str:
@@ -315,33 +345,3 @@ def save_config(config: TrainConfig, path: Path) -> None:
         path.write_text(config_text(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): make room, or name another folder") from None
-
-
-def _yaml_path(name: str) -> Path:
-    if name in preset_names():
-        return PRESETS / f"{name}.yaml"
-    if Path(name).is_file():
-        return Path(name)
-    raise UserError(f"--config {name}: no such preset or file, choose from {', '.join(preset_names())} or name a file")
-
-
-def _yaml_words(path: Path) -> list[str]:
-    """Return the settings of a YAML file as words of a command line, so that one parser checks both."""
-    try:
-        # Values as they are written: YAML's own types would make a false of `mixed_precision: no`.
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # safe: it makes text only
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"not a readable YAML file: {error}") from None
-    if not settings:
-        return []
-    if not isinstance(settings, dict):
-        raise UserError("must hold lines of the form flag: value")
-    words = []
-    for name, value in settings.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
-        elif value not in ("null", "~"):
-            if name in INPUT_FILES and value:
-                value = path.parent / os.path.expanduser(str(value))  # relative to the file that names it
-            words.append(f"--{name}={value}")
-    return words

@@ -1,4 +1,4 @@
-"""What the user can mend: one line on standard error and exit code 2, never a traceback."""
+"""What the user can mend: one line on standard error and exit code 2, never a traceback; Ctrl-C: one line too."""
 
 import contextlib
 import io
@@ -8,37 +8,93 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+Value = TypeVar("Value")
 
 
 class UserError(Exception):
     """Something the user can mend. Its text says what is wrong, where, and what to do."""
 
 
+_open_bars: list[Callable[[], None]] = []  # what closes each, the innermost last
+
+
+def bar_opened(close: Callable[[], None]) -> None:
+    """Note that a bar may stand on the terminal until it is closed: what is printed must not be glued to it."""
+    _open_bars.append(close)
+
+
+def close_bars(outermost: Callable[[], None] | None = None) -> bool:
+    """Close the bars that are open, the innermost first; return whether there were any.
+
+    Args:
+        outermost: as given to `bar_opened`; only this bar and those inside it are closed.
+    """
+    if outermost not in (None, *_open_bars):
+        return False
+    found = bool(_open_bars)
+    while _open_bars:
+        close = _open_bars.pop()
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            close()
+        if close == outermost:
+            break
+    return found
+
+
+def program() -> str:
+    """Return the name of what the user started: train.py, or emoft.evaluate for `python -m emoft.evaluate`."""
+    path = Path(sys.argv[0])
+    return f"{path.parent.parent.name}.{path.parent.name}" if path.name == "__main__.py" else path.name
+
+
 def warn(message: str) -> None:
-    """Print one line of warning to standard error."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    """Print one line of warning to standard error, above the bars."""
+    if _open_bars:
+        from tqdm import tqdm  # here, so that a message needs no import of it: whoever opened a bar has it already
+
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+    else:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Run a script's main function and leave the process with its exit code.
+    """Run a script's main function and leave the process with its exit code: what `main` returns; see `guarded`."""
+    sys.exit(guarded(main))
 
-    Exit codes: what `main` returns; 2 after a `UserError`; 130 after Ctrl-C; 141 when the reader of our output went
+
+def guarded(function: Callable[[], Value]) -> Value:
+    """Return what a function returns, or leave the process if it fails in a way that is no fault of ours.
+
+    Exit codes: 2 after a `UserError`; 130 after Ctrl-C; 141 when the reader of our output went
     away (as in `generate.py ... | head`). Any other exception is a fault of ours and keeps its traceback (code 1).
+    Whatever happens, the bars are closed first, so that the line that tells of it begins at the beginning of a line.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Texts are UTF-8 in any locale; what is none must not end a run that only wants to print it.
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            # Texts are UTF-8 in any locale; what is none must not end a run that only wants to print it. In a log file
+            # that both streams are written to, the lines stand in the order in which they were printed.
+            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    name, bars_open = program(), False
     try:
-        code = main()
+        try:
+            value = function()
+        finally:
+            bars_open = close_bars()
         sys.stdout.flush()
+        return value
     except UserError as error:
-        line = f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}"
+        line = f"{name}: error: {' '.join(str(error).split())}"
         print(line, file=sys.stderr)
         _tell_torchrun(line)
         code = 2
     except KeyboardInterrupt:
+        # The terminal has written ^C where the cursor stood: at the end of a bar, of which the line is empty now, or
+        # behind something that must stay.
+        fresh_line = "" if not sys.stderr.isatty() else "\r\x1b[K" if bars_open else "\n"
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun all ranks of a host hear of it, and one tells
+            print(f"{fresh_line}{name}: stopped by Ctrl-C before it was done", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         # Python flushes stdout once more at exit; give it somewhere to go.

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from emoft.errors import UserError
+
 # In output_dir.
 CONFIG_FILE = "train_config.yaml"  # every flag of the run
 FORMAT_FILE = "emoft.json"  # how its texts are made: see `data.template`
@@ -25,6 +27,19 @@ EVALUATION_FILE, SAMPLES_FILE, CONFUSION_FILE = "evaluation.json", "samples.json
 def fault_file(step: int) -> str:
     """Return the name of the file that tells of a step that was not finite."""
     return f"nonfinite-{step}.json"
+
+
+def make_folder(path: Path) -> Path:
+    """Return an output folder, made if it is not there.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {path} cannot be written ({error.strerror}): name another") from None
+    return path
 
 
 def write_json(path: Path, content: Any) -> None:

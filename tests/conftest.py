@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,6 +29,9 @@ SENTENCES = [
 ]
 
 
+HOW_FAR = re.compile(r"step \d+/\d+  |(still )?[A-Za-z]+ing\b[^:]* \.\.\.( |$)")  # lines of `emoft.terminal`, `start`
+
+
 @dataclass
 class Result:
     code: int
@@ -37,13 +41,8 @@ class Result:
 
     @property
     def error_lines(self) -> list[str]:
-        """The lines of standard error that are no progress bar."""
-        lines = self.err.replace("\r", "\n").splitlines()
-        return [
-            line
-            for line in (line.replace("\x1b[A", "") for line in lines)
-            if line.strip() and "it/s]" not in line and "%|" not in line and "[00:" not in line
-        ]
+        """The lines of standard error that do not tell how far something is; in a file there is no bar."""
+        return [line for line in self.err.splitlines() if line.strip() and not HOW_FAR.match(line)]
 
 
 def environment(tmp: Path, **extra: str) -> dict[str, str]:
@@ -105,15 +104,16 @@ class WarmScripts:
         )
 
     def start(self, script: str, *args: object, cwd: Path, stdin: str = "", ranks: int = 0, **env: str) -> list[int]:
-        """Start a script, on several ranks as torchrun does, if told; returns the process ids.
+        """Start a script, or a command of the package by "-m" and its name; returns the process ids.
 
+        On several ranks as torchrun does, if told.
         Wait for it with `finish` before starting another.
         """
         self.files = {name: self.folder / name for name in ("stdin", "stdout", "stderr")}
         for path in self.files.values():
             path.write_text(stdin if path.name == "stdin" else "", encoding="utf-8")
         request = {
-            "argv": [str(ROOT / script), *map(str, args)],
+            "argv": [script if script == "-m" else str(ROOT / script), *map(str, args)],
             "cwd": str(cwd),
             "env": env,
             "ranks": rank_environments(ranks) if ranks else [{}],
@@ -157,7 +157,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmScripts]:
 
 @pytest.fixture
 def run(scripts: WarmScripts, tmp_path: Path) -> Callable[..., Result]:
-    """Run train.py or generate.py in `tmp_path` (another folder by `cwd`)."""
+    """Run train.py, generate.py, or "-m" and a command, in `tmp_path` (another folder by `cwd`)."""
 
     def run_in(script: str, *args: object, cwd: Path = tmp_path, stdin: str = "", ranks: int = 0, **env: str) -> Result:
         return scripts(script, *args, cwd=cwd, stdin=stdin, ranks=ranks, **env)

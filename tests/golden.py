@@ -1,8 +1,8 @@
-"""Record what four training runs compute, to the bit, so that a change of the code can be held against the version before.
+"""Record what four training runs compute, to the bit, so that one version of the code can be held against another.
 
     python tests/golden.py                       # this version; prints one JSON object
     python tests/golden.py --root ../before      # another checkout of the project
-    python tests/golden.py --stopped_by ../before    # the stopped run is begun by that checkout, and resumed by this one
+    python tests/golden.py --stopped_by ../before    # a run that this one resumes was begun and stopped by that one
 
 On one thread and in float32, so that the figures are the same on every processor of a kind. Two records that are equal
 hold the same weights, the same logged figures and the same sample texts.

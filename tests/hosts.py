@@ -156,7 +156,7 @@ def words_of(output_dir: str, batch_size: int, **settings: object) -> list[str]:
 
 
 def main() -> None:
-    from test_distributed import assert_same
+    from distributed.test_world import assert_same
 
     if reason := why_not():
         sys.exit(reason)

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from emoft.config import GenerateConfig, TrainConfig, parse_config, preset_names, save_config
+from emoft.command_line import parse_config, preset_names
+from emoft.config import PRESETS, GenerateConfig, TrainConfig, save_config
 from emoft.errors import UserError
 
 
@@ -83,7 +84,7 @@ class TestYaml:
         again = parse_config(TrainConfig, ["--config", str(tmp_path / "out" / "train_config.yaml")])
         assert asdict(again) == {**asdict(config), "train_file": str(tmp_path / "x.csv")}
 
-    @pytest.mark.parametrize("name", preset_names())
+    @pytest.mark.parametrize("name", preset_names(PRESETS))
     def test_presets_are_complete(self, name: str) -> None:
         config = parse_config(TrainConfig, ["--config", name])
         for path in (config.train_file, config.validation_file):
@@ -93,3 +94,57 @@ class TestYaml:
         (tmp_path / "run.yaml").write_text("max_lenght: 3\n")
         with pytest.raises(UserError, match=r"run\.yaml: unknown flag --max_lenght, did you mean --max_length"):
             parse_config(TrainConfig, ["--config", str(tmp_path / "run.yaml")])
+
+    def test_words_are_read_as_a_command_line_s_are(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text(
+            "max-length: 9\nuse_cpu: yes\nappend_eos: 0\ncolumn_names: [text, -x]\nlearning_rate: null\nseed: ~\n"
+            "template: '{text} 100 %'\ntrain_file: ''\n"
+        )
+        config = parse_config(TrainConfig, ["--config", str(path)])
+        assert (config.max_length, config.use_cpu, config.append_eos) == (9, True, False)
+        assert (config.column_names, config.template, config.train_file) == (["text", "-x"], "{text} 100 %", "")
+        assert (config.learning_rate, config.seed) == (TrainConfig.learning_rate, TrainConfig.seed)
+        path.write_text("column_names: text\nmax_steps: [3]\n")
+        assert parse_config(TrainConfig, ["--config", str(path)]) == TrainConfig(column_names=["text"], max_steps=3)
+        for nothing in ("", "# a comment\n", "column_names: []\nmax_steps: []\n"):
+            path.write_text(nothing)
+            assert parse_config(TrainConfig, ["--config", str(path)]) == TrainConfig()
+
+    def test_a_list_of_the_command_line_replaces_the_file_s(self, tmp_path: Path) -> None:
+        (tmp_path / "run.yaml").write_text("column_names: [a, b]\n")
+        words = ["--config", str(tmp_path / "run.yaml"), "--column_names", "c"]
+        assert parse_config(TrainConfig, words).column_names == ["c"]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("lr: 3\n", "unknown flag --lr, did you mean --learning_rate?"),
+            ("device: cpu\n", "--use_cpu stays on the CPU"),
+            ("no_append_eos: true\n", "unknown flag --no_append_eos, did you mean --append_eos false?"),
+            ("config: demo\n", "--config cannot stand in a file"),
+            ("max_steps: many\n", "--max_steps many is no whole number"),
+            ("max_length: 1\n", "--max_length 1 must be at least 2"),
+            ("batching: pakced\n", "--batching pakced: choose packed or padded, did you mean packed?"),
+            ("append_eos:\n", "--append_eos '' is neither true nor false"),
+            ("template: {text}\n", "--template takes one value: put a text in quotes"),
+            ("max_steps: [3, 4]\n", "--max_steps takes one value"),
+            ("column_names: [[a]]\n", "--column_names takes words"),
+            ("- max_steps\n", "must hold lines of the form flag: value"),
+            ("template: {label}: {text}\n", "not a readable YAML file"),
+            ("a: 'b\n", "not a readable YAML file"),
+        ],
+    )
+    def test_a_mistake_in_it_names_file_and_key(self, tmp_path: Path, content: str, message: str) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_text(content)
+        with pytest.raises(UserError) as error:
+            parse_config(TrainConfig, ["--config", str(path)])
+        assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+
+    def test_a_preset_that_is_not_there(self, tmp_path: Path) -> None:
+        choice = "no such preset or file, choose conditional, conditional_small, demo or a file"
+        for name, end in (("demmo", ", did you mean demo?"), (str(tmp_path), ""), ("x.yaml", "")):
+            with pytest.raises(UserError) as error:
+                parse_config(TrainConfig, ["--config", name])
+            assert str(error.value) == f"--config {name}: {choice}{end}"

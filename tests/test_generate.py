@@ -145,8 +145,9 @@ def test_an_emotion_goes_through_the_saved_template(generate: Callable[..., Resu
 class TestInteractive:
     def test_over_a_pipe_it_streams_what_a_batch_gives(self, generate: Callable[..., Result]) -> None:
         prompts = [prompt for prompt in PROMPTS if prompt]
-        streamed = generate("--interactive", stdin="\n".join(prompts) + "\n").out
-        assert streamed == "".join(generate("--prompt", prompt).out for prompt in prompts)
+        result = generate("--interactive", stdin="\n".join(prompts) + "\n")
+        assert not result.error_lines, "how to leave is told to a person only"
+        assert result.out == "".join(generate("--prompt", prompt).out for prompt in prompts)
 
     def test_over_a_terminal(self, folder: Path, generate: Callable[..., Result], tmp_path: Path) -> None:
         expected = generate("--prompt", "i feel").out.strip()
@@ -155,7 +156,7 @@ class TestInteractive:
             [sys.executable, ROOT / "generate.py", "--model_name_or_path", folder, "--interactive"],
             stdin=theirs,
             stdout=theirs,
-            stderr=subprocess.DEVNULL,
+            stderr=theirs,
             env={**os.environ, **environment(tmp_path)},
         )
         os.close(theirs)
@@ -167,7 +168,9 @@ class TestInteractive:
             except OSError:  # the other side has closed
                 break
         assert process.wait(timeout=60) == 0
-        assert expected in shown.decode().replace("\r\n", "\n")
+        text = shown.decode().replace("\r\n", "\n")
+        assert expected in text
+        assert "write a prompt and press Enter; an empty line or Ctrl-D leaves\n> " in text
 
     def test_a_prompt_that_is_too_long_does_not_end_it(self, generate: Callable[..., Result]) -> None:
         result = generate("--interactive", stdin="a b " * 100 + "\ni feel\n")

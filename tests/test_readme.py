@@ -10,14 +10,6 @@ from emoft.config import EvaluateConfig, GenerateConfig, TrainConfig
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_pointers_into_the_code_are_at_their_places() -> None:
-    pointers = re.findall(r"\[([^\]]+)\]\((train\.py)#L(\d+)\)", README)
-    assert len(pointers) >= 6
-    lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
-    for text, _, number in pointers:
-        assert lines[int(number) - 1].strip().startswith(f"# {text}"), (text, number)
-
-
 def test_every_flag_it_names_exists() -> None:
     configs = (TrainConfig, GenerateConfig, EvaluateConfig, BenchmarkConfig)
     known = {"config", "help"}.union(*(config.__dataclass_fields__ for config in configs))

@@ -16,19 +16,27 @@ from pathlib import Path
 import datasets  # noqa: F401
 import tensorboard.compat.proto.event_pb2  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
-from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Tokenizer, HfArgumentParser  # noqa: F401
+from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Tokenizer  # noqa: F401
 
 
 def run(request: dict, rank: dict) -> None:
     written = os.O_WRONLY | os.O_APPEND
     for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", written), (2, "stderr", written)):
         os.dup2(os.open(request[name], flags), number)
-    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115  # the old one holds what was read of other requests
+    # New ones: the old stdin holds what was read of other requests, and the others what this process's streams were.
+    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.stderr.reconfigure(line_buffering=True)
     os.chdir(request["cwd"])
     os.environ.update({**request["env"], **rank})
     sys.argv = request["argv"]
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":  # a command of the package
+        del sys.argv[0]
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 gc.freeze()  # what is imported stays shared: a collection in a child would copy all of it, page by page

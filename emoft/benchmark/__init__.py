@@ -1,4 +1,1 @@
-"""How fast emoft is, beside others and the machine's own limit: `python -m emoft.benchmark`.
-
-Each comparison is a module. What they compare takes turns, so that a machine whose speed drifts drifts for all.
-"""
+"""How fast emoft is: comparisons with others and with the machine's own limit, each a module; they take turns."""

@@ -14,15 +14,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.benchmark.config import BenchmarkConfig, Report, draw_lengths
+from emoft.benchmark.config import BenchmarkConfig, Report
 from emoft.benchmark.contenders import Contender, peak_memory, reset_peak_memory
+from emoft.benchmark.lengths import draw_lengths
 from emoft.config import GenerateConfig
 from emoft.model.generation import choose_generation_precision, generate_all
 from emoft.model.kernels import use_fast_kernels
 from emoft.model.loading import load_model, load_tokenizer, train_tokenizer
+from emoft.terminal import Bar
 from emoft.tracking.throughput import synchronize
 from emoft.training.precision import choose_device
 
@@ -115,12 +116,12 @@ def compare_generation(config: BenchmarkConfig) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         contenders = [Contender(kind, Path(folder), run_generation, kind, config) for kind in (PIPELINE, EMOFT)]
         try:
-            with tqdm(total=config.turns * len(contenders), unit="turn", dynamic_ncols=True) as bar:
+            with Bar("Comparing", "turns", config.turns * len(contenders)) as bar:
                 for contender in contenders * config.turns:
-                    bar.set_postfix_str(contender.kind)
+                    bar.note = contender.kind
                     result = contender.turn()
                     contender.count(result["seconds"], result["peak"])
-                    bar.update()
+                    bar.advance()
         finally:
             for contender in contenders:
                 contender.stop()

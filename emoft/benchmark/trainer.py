@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from emoft.benchmark.config import BenchmarkConfig, Report, describe_machine
+from emoft.benchmark.config import BenchmarkConfig, Report
 from emoft.benchmark.contenders import Contender
+from emoft.benchmark.device import describe_machine
 from emoft.benchmark.machine import Machine, least_seconds
 from emoft.benchmark.training import EMOFT, FLATTENED, TUNED, TUTORIAL, model_and_lengths, take_all_turns
 from emoft.data.batching import epoch_batches

@@ -1,6 +1,5 @@
 """Contenders that train: by emoft's own loop, and by transformers.Trainer, over the same texts in the same order."""
 
-import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,16 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from emoft.benchmark.config import BenchmarkConfig, draw_lengths
+import train
+from emoft.benchmark.config import BenchmarkConfig
 from emoft.benchmark.contenders import Contender, Turns
+from emoft.benchmark.lengths import draw_lengths
 from emoft.benchmark.machine import Machine, measure_bandwidth
 from emoft.config import TrainConfig
 from emoft.data.batching import epoch_batches
 from emoft.data.template import TextFormat
 from emoft.distributed.world import World
+from emoft.model.loading import TextModel, load_model_and_tokenizer, train_tokenizer
+from emoft.terminal import Bar
 from emoft.tracking.throughput import measure_flops
 from emoft.training.precision import Precision, choose_device
 
@@ -30,7 +32,7 @@ TUTORIAL, TUNED, FLATTENED, EMOFT = (
     "Trainer, tuned, padding-free",
     "emoft",
 )
-BARE, MEASURED = "emoft, without what measures gradients", "emoft, gradients measured at every step"
+MEASURED = "emoft, gradients measured at every step"
 ALONE, TOGETHER = "emoft, one process", "emoft, several processes"
 
 
@@ -40,17 +42,11 @@ def draw_texts(config: BenchmarkConfig, count: int, vocabulary: int) -> list[lis
     return [random.integers(vocabulary, size=n).tolist() for n in draw_lengths(count, config.max_length, config.seed)]
 
 
-def load_texts_and_model(
-    config: BenchmarkConfig, train_config: TrainConfig
-) -> tuple[GPT2LMHeadModel, GPT2Tokenizer, TextFormat, list[list[int]]]:
+def load_texts_and_model(config: BenchmarkConfig, train_config: TrainConfig) -> tuple[TextModel, list[list[int]]]:
     """Return what all contenders train: the model, and enough texts as token ids."""
-    import train  # the script itself, which is no part of the package
-
     if config.train_file:
-        model, tokenizer, text_format, splits = train.load_model_and_data(train_config, None)
-        return model, tokenizer, text_format, splits["train"]["input_ids"]
-    from emoft.model.loading import load_model_and_tokenizer, train_tokenizer
-
+        text_model, splits = train.load_model_and_data(train_config, None)
+        return text_model, splits["train"]["input_ids"]
     if config.model_name_or_path:
         model, tokenizer = load_model_and_tokenizer(train_config, [])
     else:
@@ -60,7 +56,7 @@ def load_texts_and_model(
     ranks = config.processes if config.compare == "processes" else 1
     examples = ranks * max(config.batch_sizes) * steps
     texts = draw_texts(config, examples, model.config.vocab_size)
-    return model, tokenizer, TextFormat("{text}"), texts
+    return TextModel(model, tokenizer, TextFormat("{text}")), texts
 
 
 def model_and_lengths(config: BenchmarkConfig) -> tuple[GPT2LMHeadModel, list[int]]:
@@ -71,34 +67,17 @@ def model_and_lengths(config: BenchmarkConfig) -> tuple[GPT2LMHeadModel, list[in
         delimiter=config.delimiter,
         max_length=config.max_length,
     )
-    model, _, _, texts = load_texts_and_model(config, train_config)
-    return model, [len(text) for text in texts]
-
-
-class NoMonitor:
-    """Stands for a loop that does not know of `emoft.gradients.monitor`: what it does costs nothing."""
-
-    is_on = False
-
-    def __init__(self, *arguments: object) -> None: ...
-
-    def _nothing(self, *arguments: object) -> None: ...
-
-    begin_step = before_update = after_update = _nothing
-    listening = contextlib.nullcontext
+    text_model, texts = load_texts_and_model(config, train_config)
+    return text_model.model, [len(text) for text in texts]
 
 
 def run_emoft(pipe: Connection | None, config: BenchmarkConfig, train_config: TrainConfig, kind: str) -> None:
     """Train by train.py's own function."""
-    import train
-
     world = World.of_environment()
     if config.compare == "processes":
         torch.set_num_threads(1)
     if kind == MEASURED:
         train_config = replace(train_config, log_gradients_every=1)
-    elif kind == BARE:
-        setattr(train, "GradientMonitor", NoMonitor)  # noqa: B010  # a module's name, which mypy takes for fixed
 
     device = choose_device(config.use_cpu, world.local_rank)
     turns = Turns(pipe, device, config.steps, config.warmup_steps)
@@ -108,9 +87,9 @@ def run_emoft(pipe: Connection | None, config: BenchmarkConfig, train_config: Tr
         return batch
 
     def load(train_config: TrainConfig, checkpoint: Path | None) -> Any:
-        model, tokenizer, text_format, texts = load_texts_and_model(config, train_config)
+        text_model, texts = load_texts_and_model(config, train_config)
         rows = Dataset.from_dict({"input_ids": texts})
-        return model, tokenizer, text_format, {"train": rows.with_transform(count_step)}
+        return text_model, {"train": rows.with_transform(count_step)}
 
     with world.only_main_speaks(), world.connected() as world:
         train.train(train_config, world, load)
@@ -137,7 +116,8 @@ def run_trainer(pipe: Connection, config: BenchmarkConfig, train_config: TrainCo
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             turns()
 
-    model, tokenizer, _, texts = load_texts_and_model(config, train_config)
+    text_model, texts = load_texts_and_model(config, train_config)
+    model, tokenizer = text_model.model, text_model.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     batches = epoch_batches(len(texts), train_config.per_device_train_batch_size, config.seed, epoch=0)
     rows: list[dict[str, list[int]]] = [{"input_ids": texts[index]} for batch in batches for index in batch]
@@ -194,12 +174,12 @@ def take_all_turns(
     Returns:
         By batch size, the contenders by kind, with what their turns took, and what the machine did after each round.
     """
-    with tqdm(total=len(config.batch_sizes) * (config.turns + 1) * len(kinds), unit="turn", dynamic_ncols=True) as bar:
+    with Bar("Comparing", "turns", len(config.batch_sizes) * (config.turns + 1) * len(kinds)) as bar:
         return {batch_size: _take_turns(config, kinds, batch_size, bar) for batch_size in config.batch_sizes}
 
 
 def _take_turns(
-    config: BenchmarkConfig, kinds: Sequence[str], batch_size: int, bar: "tqdm[Any]"
+    config: BenchmarkConfig, kinds: Sequence[str], batch_size: int, bar: Bar
 ) -> tuple[dict[str, "Contender"], list[Machine]]:
     precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
     with tempfile.TemporaryDirectory() as folder:
@@ -232,11 +212,11 @@ def _take_turns(
         try:
             for turn in range(config.turns + 1):
                 for contender in contenders:
-                    bar.set_postfix_str(f"batch {batch_size}, {contender.kind}")
+                    bar.note = f"batch {batch_size}, {contender.kind}"
                     result = contender.turn()
                     if turn > 0:  # the first turn is to warm up
                         contender.count(result["seconds"] / config.steps, result["peak"])
-                    bar.update()
+                    bar.advance()
                 machines.append(Machine(measure_flops(precision), measure_bandwidth(precision)))
         finally:
             for contender in contenders:

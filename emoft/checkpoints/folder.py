@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,16 +11,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.checkpoints.manifest import damage, write_manifest
-from emoft.config import TrainConfig
-from emoft.data.template import TextFormat
+from emoft.checkpoints.manifest import write_manifest
+from emoft.checkpoints.search import RUN_FILES, checkpoints, step_of
+from emoft.checkpoints.state import TrainingState
+from emoft.config import TrainConfig, save_config
 from emoft.distributed.parallel import whole_weights
 from emoft.distributed.world import World
-from emoft.errors import UserError, warn
+from emoft.errors import UserError
 from emoft.files import CONFIG_FILE, RESULTS_FILE, TRAINING_STATE_FILE, write_json
-from emoft.model.loading import save_model
+from emoft.model.loading import TextModel, save_model
 from emoft.tracking.tracker import Tracker
 
 try:
@@ -29,72 +28,11 @@ try:
 except ImportError:  # Windows: no locks on folders
     fcntl = None  # type: ignore[assignment]
 
-NAME = re.compile(r"checkpoint-(\d+)")
 STAGING, ASIDE = ".staging-", ".aside-"  # what is being written, and what it will replace
-# What a finished or interrupted run leaves besides its checkpoints; deleted by --overwrite_output_dir.
-RUN_FILES = ("trainer_state.json", "all_results.json", CONFIG_FILE, "emoft.json", "model.safetensors", "runs")
 
 
 class SaveError(UserError):
     """Something could not be written; what was written before is whole."""
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, in the order of their steps; whether they are whole says `damage`."""
-    found = [path for path in output_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the optimizer step of a folder checkpoint-STEP."""
-    match = NAME.fullmatch(checkpoint.name)
-    assert match, checkpoint
-    return int(match[1])
-
-
-def find_checkpoint(config: TrainConfig, world: World) -> Path | None:
-    """Return the checkpoint to resume from, or None for a fresh start.
-
-    A run that torchrun has restarted goes on from its newest, whatever the flags say.
-
-    Raises:
-        UserError: the output folder holds a run that the flags do not speak of, or the checkpoint that they name does
-            not exist or is damaged.
-    """
-    output_dir = Path(config.output_dir)
-    wanted, is_restart = config.resume_from_checkpoint, world.has_begun_run()
-    if wanted and config.overwrite_output_dir:
-        raise UserError("--resume_from_checkpoint and --overwrite_output_dir contradict each other: drop one")
-    if wanted == "latest" or is_restart:
-        for checkpoint in reversed(checkpoints(output_dir)):
-            if reason := damage(checkpoint):
-                warn(f"{checkpoint} is damaged ({reason}) and is not loaded: trying the one before")
-                continue
-            print(f"resuming from {checkpoint}")
-            return checkpoint
-    if wanted == "latest" or (is_restart and not wanted):
-        print(f"no checkpoint in {output_dir} yet: starting from the beginning")
-        return None
-    if wanted:
-        if not (Path(wanted) / TRAINING_STATE_FILE).is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {wanted} is no checkpoint (no {TRAINING_STATE_FILE} in it): check the path"
-            )
-        if reason := damage(Path(wanted)):
-            raise UserError(
-                f"--resume_from_checkpoint {wanted} is damaged ({reason}): name another one, or `latest`, which takes"
-                " the newest that is whole"
-            )
-        return Path(wanted)
-    held = [name for name in RUN_FILES if (output_dir / name).exists()] + [
-        path.name for path in checkpoints(output_dir)
-    ]
-    if held and not config.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {output_dir} already holds a run ({held[-1]}): go on with it by --resume_from_checkpoint"
-            " latest, replace it by --overwrite_output_dir, or name another folder"
-        )
-    return None
 
 
 @contextlib.contextmanager
@@ -166,6 +104,14 @@ def prepare_output_dir(config: TrainConfig, resumes: bool = False) -> Path:
     return output_dir
 
 
+def begin_output_dir(config: TrainConfig, world: World, resumes: bool) -> Path:
+    """Make the folder ready for a run, and write its configuration there; see `prepare_output_dir`."""
+    output_dir = world.on_main(lambda: prepare_output_dir(config, resumes))
+    world.on_main(world.begin_run)
+    world.on_main(lambda: save_config(config, output_dir / CONFIG_FILE))
+    return output_dir
+
+
 def sweep(output_dir: Path) -> None:
     """Remove what killed runs left while saving; what they had only put aside is put back."""
     for aside in output_dir.glob(f"{ASIDE}*"):
@@ -185,11 +131,9 @@ class Saver:
     config: TrainConfig
     world: World
     output_dir: Path
-    model: GPT2LMHeadModel
-    tokenizer: GPT2Tokenizer
-    text_format: TextFormat
+    text_model: TextModel
     tracker: Tracker
-    capture_state: Callable[[dict[str, Any]], dict[str, Any]]  # adds to the figures of a run all but its model
+    state: TrainingState
 
     def save(self) -> Path | None:
         """Write a checkpoint, without those that are too many now.
@@ -200,8 +144,8 @@ class Saver:
         """
         run, config = self.tracker.run, self.config
         with self.tracker.clock_stopped():
-            weights = whole_weights(self.model, self.world)
-            state = self.capture_state(self.tracker.state_for_checkpoint())
+            weights = whole_weights(self.text_model.model, self.world)
+            state = self.state.capture(self.tracker.state_for_checkpoint())
 
             def write() -> Path | None:
                 try:
@@ -223,7 +167,7 @@ class Saver:
         Raises:
             SaveError: it cannot be written.
         """
-        weights = whole_weights(self.model, self.world)
+        weights = whole_weights(self.text_model.model, self.world)
         self.world.on_main(lambda: export(self.output_dir, lambda folder: self._write(folder, weights)))
 
     def write_results(self, results: dict[str, Any]) -> None:
@@ -240,7 +184,7 @@ class Saver:
         self.world.on_main(lambda: export(self.output_dir, write))
 
     def _write(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        save_model(folder, self.model, weights, self.tokenizer, self.text_format)
+        save_model(folder, self.text_model, weights)
         self.tracker.write_state(folder)
 
 
@@ -253,7 +197,7 @@ def save_checkpoint(
         output_dir: the run's folder.
         step: optimizer steps taken.
         write_model: writes the model's files into a folder.
-        training_state: of `resume.capture_state`.
+        training_state: of `TrainingState.capture`.
 
     Raises:
         SaveError: it cannot be written, for want of space for example. What was there before still is.

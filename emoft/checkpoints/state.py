@@ -1,14 +1,12 @@
 """What a run needs besides its model to go on as if it had not stopped: training_state.pt of a checkpoint."""
 
-import shlex
-import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from emoft.config import TrainConfig
@@ -16,78 +14,87 @@ from emoft.distributed.parallel import load_optimizer_state, whole_optimizer_sta
 from emoft.distributed.world import World
 from emoft.errors import UserError
 from emoft.files import TRAINING_STATE_FILE
+from emoft.flags import flags_on_resume
 from emoft.tracking.run_state import RunState
-from emoft.training.precision import Precision
 from emoft.training.randomness import random_state, seed_rank, set_random_state
+from emoft.training.runtime import Runtime
 
 STATE = {"examples_per_step", "data_checksum", "optimizer", "schedule", "scaler", "random_states", "run"}
-# Flags that a resumed run may change; all others alter the computation. What the data flags stand for, the tokens
+# Each flag says where it is declared whether a resumed run may change it. What the data flags stand for, the tokens
 # themselves, is compared by checksum.
-FREE_TO_CHANGE = {
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "save_steps",
-    "save_total_limit",
-    "use_cpu",
-    "per_device_eval_batch_size",
-    "gradient_checkpointing",
-    "torch_compile",
-    "early_stopping_patience",
-    "load_best_model_at_end",
-    "model_name_or_path",
-    "config_overrides",
-    "vocab_size",
-    "tokenizer_name",
-    "test_file",
-    "log_gradients_every",
-    "sample_every",
-    "on_nonfinite",
-    "train_file",
-    "validation_file",
-    "dataset_name",
-    "dataset_config_name",
-    "delimiter",
-    "column_names",
-    "text_column",
-    "label_column",
-    "max_train_samples",
-    "parallel",
-    "drop_duplicates",
-}
+FREE_TO_CHANGE = flags_on_resume(TrainConfig, "free", "data")
+DATA = flags_on_resume(TrainConfig, "data")
 # Together with the number of ranks they say how many examples a step has: see `examples_per_step`.
-STEP_SIZE = ("per_device_train_batch_size", "gradient_accumulation_steps")
+STEP_SIZE = flags_on_resume(TrainConfig, "step_size")
 
 
-def capture_state(
-    config: TrainConfig,
-    world: World,
-    examples_per_step: int,
-    data_checksum: str,
-    optimizer: AdamW,
-    schedule: LambdaLR,
-    precision: Precision,
-    run: dict[str, Any],
-) -> dict[str, Any]:
-    """Return all that a run needs, besides the model, to continue as if it had not stopped; a collective.
+class TrainingState:
+    """All that a run needs, besides the model, to continue as if it had not stopped.
 
-    The position in the data is the step itself, since the order is a function of seed and epoch. What other ranks than
-    0 return lacks the optimizer's state.
+    The position in the data is the step itself, since the order is a function of seed and epoch.
     """
-    return {
-        "config": asdict(config),
-        "examples_per_step": examples_per_step,
-        "data_checksum": data_checksum,
-        "optimizer": whole_optimizer_state(optimizer, world),
-        "schedule": schedule.state_dict(),
-        "scaler": precision.scaler.state_dict(),
-        "random_states": world.gather(random_state(precision.device)),
-        "run": run,
-    }
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        optimizer: Optimizer,
+        schedule: LambdaLR,
+        examples_per_step: int,
+        data_checksum: str,
+    ) -> None:
+        self.config, self.runtime, self.optimizer, self.schedule = config, runtime, optimizer, schedule
+        self.examples_per_step, self.data_checksum = examples_per_step, data_checksum
+        self.restored_from: Path | None = None
+
+    def capture(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Return the state with the figures of the run; a collective.
+
+        What other ranks than 0 return lacks the optimizer's state.
+        """
+        return {
+            "config": asdict(self.config),
+            "examples_per_step": self.examples_per_step,
+            "data_checksum": self.data_checksum,
+            "optimizer": whole_optimizer_state(self.optimizer, self.runtime.world),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.runtime.precision.scaler.state_dict(),
+            "random_states": self.runtime.world.gather(random_state(self.runtime.device)),
+            "run": run,
+        }
+
+    def restore(self, saved: dict[str, Any], checkpoint: Path) -> RunState:
+        """Put a loaded state back. The model is loaded by itself, from the same folder.
+
+        On another number of ranks, dropout draws new random numbers.
+
+        Returns:
+            What the run knows about itself.
+
+        Raises:
+            UserError: the state is not of this model, or not of these texts.
+        """
+        check_data(saved, self.data_checksum, checkpoint, self.config)
+        self.restored_from = checkpoint
+        world = self.runtime.world
+        try:
+            load_optimizer_state(self.optimizer, saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            self.runtime.precision.scaler.load_state_dict(saved["scaler"])
+            run = RunState(**saved["run"])
+            if len(saved["random_states"]) == world.size:
+                set_random_state(saved["random_states"][world.rank], self.runtime.device)
+            else:
+                seed_rank(self.config.seed, world.rank, run.step)
+            return run
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{TRAINING_STATE_FILE} does not fit the model ({error}): resume from another checkpoint"
+            ) from None
 
 
 def load_state(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
-    """Read the state of `capture_state`; only tensors and plain values are loaded, no code.
+    """Read the state of `TrainingState.capture`; only tensors and plain values are loaded, no code.
 
     Tensors stay in the file until they are used, so that the ranks of a host do not each hold all of them.
 
@@ -155,60 +162,10 @@ def check_data(state: dict[str, Any], data_checksum: str, checkpoint: Path, conf
     if state["data_checksum"] == data_checksum:
         return
     now = asdict(config)
-    names = (
-        "train_file",
-        "dataset_name",
-        "dataset_config_name",
-        "delimiter",
-        "text_column",
-        "label_column",
-        "column_names",
-        "drop_duplicates",
-        "max_train_samples",
-    )
     changed = [
-        f"--{name} {state['config'][name]}, not {now[name]}" for name in names if state["config"].get(name) != now[name]
+        f"--{name} {state['config'][name]}, not {now[name]}" for name in DATA if state["config"].get(name) != now[name]
     ]
     raise UserError(
         f"{checkpoint} was trained on other texts ({'; '.join(changed) or 'the data themselves have changed'}): resume"
         " with the same data, or start anew in another --output_dir"
     )
-
-
-def restore_state(
-    state: dict[str, Any], config: TrainConfig, world: World, optimizer: AdamW, schedule: LambdaLR, precision: Precision
-) -> RunState:
-    """Put a loaded state into the objects of a run. The model is loaded by itself, from the same folder.
-
-    On another number of ranks, dropout draws new random numbers.
-
-    Returns:
-        What the run knows about itself.
-
-    Raises:
-        UserError: the state is not of this model.
-    """
-    try:
-        load_optimizer_state(optimizer, state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        precision.scaler.load_state_dict(state["scaler"])
-        run = RunState(**state["run"])
-        if len(state["random_states"]) == world.size:
-            set_random_state(state["random_states"][world.rank], precision.device)
-        else:
-            seed_rank(config.seed, world.rank, run.step)
-        return run
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{TRAINING_STATE_FILE} does not fit the model ({error}): resume from another checkpoint"
-        ) from None
-
-
-def resume_command(config: TrainConfig, world: World) -> str:
-    """Return the command that continues a run that was stopped."""
-    words = [word for word in sys.argv if word != "--overwrite_output_dir"]
-    if config.resume_from_checkpoint != "latest":
-        words += ["--resume_from_checkpoint", "latest"]  # of a flag given twice the last one counts
-    if world.hosts > 1:
-        return f"torchrun (with its options, on each host) {shlex.join(words)}"
-    return shlex.join([*(["torchrun", f"--nproc_per_node={world.size}"] if world.launched else ["python"]), *words])

@@ -12,22 +12,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emoft.distributed.world import World
-from emoft.training.loss import IGNORED, shift_labels
 
 # The tokens of a batch are filled up to a multiple of this. Every new shape costs its first matrix products: oneDNN
 # compiles code for it and keeps that (a gigabyte after a few hundred shapes), cuBLAS and torch.compile choose anew.
 MULTIPLE = {"cpu": 8, "cuda": 64}
+
+IGNORED = -100  # the label of what is no target, as in torch and transformers
 
 Lengths = np.ndarray[Any, np.dtype[np.int64]]  # (E,) tokens of each example
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, made on the CPU, with its labels already shifted."""
+    """A micro-batch, made on the CPU. Its labels are not shifted: the training loop does that, where it can be seen."""
 
     inputs: dict[str, Any]  # keyword arguments of the model: tensors, and numbers the host must know
-    predicting: Tensor  # (K,) int64: places in the flattened input_ids that predict a token
-    targets: Tensor  # (K,) int64: the token each of them has to predict; IGNORED where K was filled up
+    labels: Tensor  # (B, T) int64: the tokens themselves; IGNORED for padding and for the first token of each text
+    # (K,) int64: the places in the flattened rows whose next token has a label. They are listed here, on the CPU,
+    # because a GPU would be waited for. What fills K up is the last place, which has no next token.
+    predicting: Tensor
     lengths: tuple[int, ...]  # tokens of each example
     target_tokens: int  # of them, those that are predicted: all but the first of each example, if it names no other
     rivals: int = 0  # examples at the end that are those before under wrong labels: see `training.contrast`
@@ -60,11 +63,15 @@ class Batch:
         texts = [ids[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
         return texts[: self.examples]
 
-    def aligned_share(self) -> float:
-        """Return the share of targets that are the token right after the place that predicts them: 1 if all is well."""
-        ids, places = self.inputs["input_ids"].flatten(), self.predicting[: self.target_tokens]
+    def aligned_share(self, targets: Tensor) -> float:
+        """Return the share of targets that are the token right after the place that predicts them: 1 if all is well.
+
+        Args:
+            targets: (B, T), what the loss was given.
+        """
+        ids, places = self.inputs["input_ids"].flatten(), self.predicting[: self.target_tokens].cpu()
         following = ids[(places + 1).clamp(max=len(ids) - 1)]
-        return float((following == self.targets[: self.target_tokens]).float().mean())
+        return float((following == targets.flatten().cpu()[places]).float().mean())
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device. From pinned memory, the copy runs beside the computation."""
@@ -77,8 +84,8 @@ class Batch:
     def _each_tensor(self, function: Any) -> "Batch":
         inputs = {name: function(value) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
         contrasted = None if self.contrasted is None else function(self.contrasted)
-        predicting, targets = function(self.predicting), function(self.targets)
-        return replace(self, inputs=inputs, predicting=predicting, targets=targets, contrasted=contrasted)
+        labels, predicting = function(self.labels), function(self.predicting)
+        return replace(self, inputs=inputs, labels=labels, predicting=predicting, contrasted=contrasted)
 
 
 def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -117,7 +124,7 @@ def pack(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
     a batch of that alone, for the rank that has none.
 
     Returns:
-        A batch whose inputs are "input_ids" and "position_ids", both (1, N) int64, and what `emoft.model.attention` needs:
+        A batch whose inputs are "input_ids" and "position_ids", both (1, N) int64, and what `model.attention` needs:
         "boundaries" (E + 1,) int32, where example e is the tokens boundaries[e] to boundaries[e + 1]; "longest", the
         length of the longest, rounded up; and "padded_index" (N,) int64, the place of each token in a view of
         (E, longest) tokens.
@@ -175,7 +182,7 @@ def pad(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
 
 
 def _first_targets(rows: list[dict[str, Any]]) -> list[int]:
-    """Return the place of the first target of each example: 1 unless it names another, as `evaluate.classification` does.
+    """Return the place of the first target of each example: 1 unless it names another, as in classification.
 
     Nothing stands before the first token that could predict it.
     """
@@ -190,9 +197,10 @@ def _contrasted(rows: list[dict[str, Any]]) -> np.ndarray | None:
 def _batch(
     inputs: dict[str, Any], labels: np.ndarray, lengths: tuple[int, ...], multiple: int, contrasted: np.ndarray | None
 ) -> Batch:
-    """Shift the labels and list the places that predict; on the CPU, because a GPU would wait for that list."""
-    targets = shift_labels(torch.from_numpy(labels)).flatten()
-    predicting = (targets != IGNORED).nonzero().flatten()
+    """List the places that predict a token: those whose next token has a label."""
+    has_next = np.zeros(labels.shape, dtype=bool)
+    has_next[:, :-1] = labels[:, 1:] != IGNORED
+    predicting = torch.from_numpy(np.flatnonzero(has_next))
     filling = -len(predicting) % multiple
 
     def filled(values: Tensor, value: int = 0) -> Tensor:
@@ -200,8 +208,8 @@ def _batch(
 
     return Batch(
         inputs,
-        predicting=filled(predicting),
-        targets=filled(targets[predicting], IGNORED),
+        labels=torch.from_numpy(labels),
+        predicting=filled(predicting, labels.size - 1),
         lengths=lengths,
         target_tokens=len(predicting),
         # A place is compared by the token that it predicts, the next one.

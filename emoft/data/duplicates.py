@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 
 import numpy as np
 from datasets import Dataset
-from tqdm import tqdm
 
 from emoft.data.words import runs, words
 from emoft.errors import UserError
+from emoft.terminal import Bar
 
 SHINGLE = 3  # consecutive words
 SIMILARITY = Fraction(3, 5)  # a fraction, so that no rounding decides
@@ -48,15 +49,20 @@ def find_matches(train: Sequence[str], others: Sequence[Sequence[str]] = ()) -> 
         The matches of `train`, and those of each of `others`.
     """
     splits = [train, *others]
-    spoken = [words(text) for split in splits for text in split]
-    counts = Counter(shingle for text in spoken for shingle in set(_shingles(text)))
+    with Bar("Looking for duplicates", total=4 * sum(map(len, splits))) as bar:  # it goes over the texts four times
+        return _find_matches(splits, bar)
+
+
+def _find_matches(splits: Sequence[Sequence[str]], bar: Bar) -> tuple[Matches, list[Matches]]:
+    train = splits[0]
+    spoken = [words(text) for text in bar.over(chain(*splits))]
+    counts = Counter(shingle for text in bar.over(spoken) for shingle in set(_shingles(text)))
     # Rarest first, and the same order for all.
-    sets = [sorted(set(_shingles(text)), key=lambda shingle: (counts[shingle], shingle)) for text in spoken]
+    sets = [sorted(set(_shingles(text)), key=lambda shingle: (counts[shingle], shingle)) for text in bar.over(spoken)]
     exact, near = np.zeros(len(spoken), dtype=bool), np.zeros(len(spoken), dtype=bool)
     seen: set[str] = set()
     index: dict[str, list[int]] = {}  # texts of train by each of their rarest shingles
-    bar = tqdm(zip(spoken, sets, strict=True), total=len(spoken), desc="Looking for duplicates", delay=2, leave=False)
-    for number, (text, shingles) in enumerate(bar):
+    for number, (text, shingles) in enumerate(bar.over(zip(spoken, sets, strict=True))):
         joined = " ".join(text)
         # Two sets that are similar enough share so many members that these of each cannot all be missing in the other.
         rarest = shingles[: len(shingles) - -(-len(shingles) * SIMILARITY // 1) + 1]

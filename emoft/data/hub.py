@@ -4,9 +4,9 @@ import functools
 import os
 import threading
 
-import datasets
 import huggingface_hub
 
+from emoft import private
 from emoft.errors import UserError, warn
 
 PROBE_SECONDS = 4
@@ -21,11 +21,12 @@ def go_offline_if_unreachable() -> str:
     """
     if huggingface_hub.is_offline_mode():
         return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    address = huggingface_hub.HfApi().endpoint
     answer: list[str] = []
 
     def probe() -> None:
         try:
-            response = huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=PROBE_SECONDS)
+            response = huggingface_hub.get_session().head(address, timeout=PROBE_SECONDS)
             answer.append("" if response.status_code < 500 else f"it answers with status {response.status_code}")
         except Exception as error:  # whatever the network does, the answer is the same: out of reach
             answer.append(f"{error}" or type(error).__name__)
@@ -36,10 +37,8 @@ def go_offline_if_unreachable() -> str:
     thread.join(PROBE_SECONDS + 1)
     reason = answer[0] if answer else f"no answer within {PROBE_SECONDS} seconds"
     if reason:
-        # The environment variable is read when the libraries are imported, which is long ago.
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
-        warn(f"{huggingface_hub.constants.ENDPOINT} is out of reach ({reason}): using the cache")
+        private.go_offline()
+        warn(f"{address} is out of reach ({reason}): using the cache")
     return reason
 
 

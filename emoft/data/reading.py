@@ -13,16 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
-from tqdm import tqdm
 
 from emoft.config import INPUT_FILES, EvaluateConfig, TrainConfig
 from emoft.data import hub
+from emoft.data.sources import check_file
 from emoft.data.template import TextFormat
 from emoft.data.tokens import fingerprint
 from emoft.errors import UserError, warn
+from emoft.private import fingerprint_of
+from emoft.terminal import Bar
 
 DataConfig = TrainConfig | EvaluateConfig
-FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
 csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's 131,072 characters; it is cut to max_length
 JSON_ROW = 'write {"text": ...} for each example, one a line or all in one list'
 ROWS_NAMED = 5  # how many of the rows that a warning is about are named in it
@@ -48,6 +49,8 @@ def read_splits(config: TrainConfig) -> tuple[dict[str, Dataset], TextFormat]:
     else:
         raw = _read_hub(config, "train", ("train", "validation"))
         sources = {split: f"{config.dataset_name} split {split}" for split in raw}
+    if "validation" not in raw and (config.eval_steps or config.early_stopping_patience):
+        raise UserError("--eval_steps and --early_stopping_patience need data to evaluate on: --validation_file")
     splits = {split: _clean(rows, sources[split], config, with_label) for split, rows in raw.items()}
     if with_label:
         feature = raw["train"].features[config.label_column]
@@ -94,22 +97,15 @@ def read_evaluation_splits(config: EvaluateConfig, text_format: TextFormat) -> t
 
 
 def _read_file(config: DataConfig, flag: str, name: str) -> Dataset:
-    path = Path(name).expanduser()
+    path = check_file(flag, name)
     ending = path.suffix.lower()
-    if path.is_dir():
-        raise UserError(f"{flag} {name} is a folder: name a file in it, or give the folder as --dataset_name")
-    if not path.exists():
-        raise UserError(f"{flag} {name}: no such file, check the path")
-    if ending not in FORMATS:
-        raise UserError(f"{flag} {name}: its ending tells no format, use one of {' '.join(FORMATS)}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{flag} {name} is empty: it needs at least one example")
     try:
         if ending in (".json", ".jsonl"):
             _check_json(path)
-            return datasets.load_dataset("json", data_files=str(path), split="train")
-        if ending == ".parquet":
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if ending in (".json", ".jsonl", ".parquet"):
+            with Bar(f"Reading {path.name}"):
+                reader = "parquet" if ending == ".parquet" else "json"
+                return datasets.load_dataset(reader, data_files=str(path), split="train")
         columns = _columns(path, config)
         changed = path.stat().st_mtime_ns, path.stat().st_size  # part of the cache's key: an edited file is read again
         return Dataset.from_generator(
@@ -137,7 +133,7 @@ def _lines(path: Path) -> Iterator[str]:
     """Yield the lines of a text file; the first one that is not UTF-8 raises a UserError that names it."""
     with (
         open(path, "rb") as file,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"Reading {path.name}", delay=2) as bar,
+        Bar(f"Reading {path.name}", "B", path.stat().st_size) as bar,
     ):
         for number, line in enumerate(file, start=1):
             try:
@@ -148,7 +144,7 @@ def _lines(path: Path) -> Iterator[str]:
                     f"{path} line {number}: byte {error.start + 1} ({line[error.start]:#04x}) is not UTF-8,"
                     " save the file in the encoding UTF-8"
                 ) from None
-            bar.update(len(line))
+            bar.advance(len(line))
 
 
 def _check_json(path: Path) -> None:
@@ -231,7 +227,8 @@ def _read_hub(config: DataConfig, needed: str, wanted: tuple[str, ...]) -> dict[
     # The default of the default data set only: another has configurations of its own, or a single one.
     config_name = config.dataset_config_name or ("split" if name == TrainConfig.dataset_name else None)
     try:
-        found = datasets.load_dataset(name, config_name)
+        with Bar(f"Reading {name}"):
+            found = datasets.load_dataset(name, config_name)
     except Exception as error:  # the libraries raise dozens of types for what is one case to the user
         if isinstance(error, ValueError) and "onfig" in str(error):
             raise UserError(
@@ -292,15 +289,16 @@ def _label_names(rows: Dataset) -> Dataset:
         return rows
 
     def to_strings(labels: list[Any]) -> dict[str, list[str | None]]:
+        bar.advance(len(labels))
         if names:
             return {"label": [names[label] if label is not None and label >= 0 else None for label in labels]}
         return {"label": [None if label is None else str(label) for label in labels]}
 
-    return rows.map(
-        to_strings,
-        batched=True,
-        input_columns="label",
-        features=Features(rows.features | {"label": Value("string")}),
-        new_fingerprint=fingerprint(rows._fingerprint, "labels as strings", repr(names)),
-        desc="Naming labels",
-    )
+    with Bar("Naming labels", "examples", len(rows)) as bar:
+        return rows.map(
+            to_strings,
+            batched=True,
+            input_columns="label",
+            features=Features(rows.features | {"label": Value("string")}),
+            new_fingerprint=fingerprint(fingerprint_of(rows), "labels as strings", repr(names)),
+        )

@@ -1,5 +1,6 @@
 """Texts -> tokens: filled templates, tokenized once and cached, and what can be told of them before training."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -11,12 +12,13 @@ import torch
 from datasets import Dataset, Features, Value
 from torch import Tensor
 from transformers import GPT2Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from emoft.data.template import TextFormat
 from emoft.errors import UserError
+from emoft.private import fingerprint_of
+from emoft.terminal import Bar
 
-BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
+datasets.disable_progress_bars()  # `terminal.Bar` stands for them: theirs stay on the screen, and in log files
 
 
 def fingerprint(*parts: str) -> str:
@@ -77,21 +79,22 @@ def tokenize(
         vocabulary.pop(state)
 
     def encode_batch(*values: list[str]) -> dict[str, list[list[int]]]:
-        return {
-            "input_ids": encode(tokenizer, [text_format.fill(*row) for row in zip(*values, strict=True)], text_format)
-        }
+        texts = [text_format.fill(*row) for row in zip(*values, strict=True)]
+        ids = encode(tokenizer, texts, text_format)
+        bar.advance(len(texts))
+        return {"input_ids": ids}
 
-    return rows.map(
-        encode_batch,
-        batched=True,
-        input_columns=columns,
-        remove_columns=None if keep_columns else rows.column_names,
-        features=Features((rows.features if keep_columns else {}) | {"input_ids": datasets.List(Value("int32"))}),
-        new_fingerprint=fingerprint(
-            rows._fingerprint, json.dumps(vocabulary), repr(text_format), "kept" if keep_columns else ""
-        ),
-        desc=f"Tokenizing {split}",
-    )
+    with Bar(f"Tokenizing {split}", "examples", len(rows)) as bar:
+        return rows.map(
+            encode_batch,
+            batched=True,
+            input_columns=columns,
+            remove_columns=None if keep_columns else rows.column_names,
+            features=Features((rows.features if keep_columns else {}) | {"input_ids": datasets.List(Value("int32"))}),
+            new_fingerprint=fingerprint(
+                fingerprint_of(rows), json.dumps(vocabulary), repr(text_format), "kept" if keep_columns else ""
+            ),
+        )
 
 
 def unigram_entropy(rows: Dataset) -> float:
@@ -116,14 +119,26 @@ def checksum(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
+def byte_of_character() -> dict[str, int]:
+    """Return which byte a character of a token stands for, as in GPT-2's `bytes_to_unicode` (Radford et al., 2019).
+
+    A byte that prints is the character of that number. The others, such as space and line feed, would make a vocabulary
+    hard to read and to store as text: in their order they are the characters from 256 on, so that space is "Ġ".
+    """
+    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
 def token_bytes(tokenizer: GPT2Tokenizer, ids: Iterable[int]) -> bytes:
     """Return the bytes that tokens stand for; special tokens stand for none.
 
     A token of byte-level BPE may hold a part of a character only, so that text has to be put together from bytes.
     """
-    special = set(tokenizer.all_special_ids)
+    special, byte_of = set(tokenizer.all_special_ids), byte_of_character()
     tokens = tokenizer.convert_ids_to_tokens([i for i in ids if i not in special])
-    return bytes(BYTE_OF_CHARACTER[character] for token in tokens for character in token or "")
+    return bytes(byte_of[character] for token in tokens for character in token or "")
 
 
 def byte_lengths(tokenizer: GPT2Tokenizer, rows: int) -> Tensor:

@@ -11,10 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import GPT2LMHeadModel
 
@@ -41,6 +37,10 @@ def shard(model: GPT2LMHeadModel, world: World, device: torch.device) -> None:
     A block's weights are gathered when its turn comes and given up after it; embeddings and the last LayerNorm are kept
     from forward to backward, because the head, which is the embedding, needs them between.
     """
+    # Imported here, as what only several processes use: it takes a second.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing writes into it
     mesh = init_device_mesh(device.type, (world.size,))
     for block in model.transformer.h:
@@ -51,7 +51,7 @@ def shard(model: GPT2LMHeadModel, world: World, device: torch.device) -> None:
 
 def is_sharded(model: GPT2LMHeadModel) -> bool:
     """Whether the weights are spread, so that each forward pass is a collective."""
-    return isinstance(model.transformer, FSDPModule)
+    return hasattr(model.transformer, "unshard")  # a method of FSDPModule, which it becomes
 
 
 class TiedHead(nn.Module):
@@ -71,8 +71,10 @@ class TiedHead(nn.Module):
         return F.linear(hidden, self.weight)
 
 
-def replicate(transformer: nn.Module, device: torch.device) -> DistributedDataParallel:
+def replicate(transformer: nn.Module, device: torch.device) -> nn.Module:
     """Return a transformer whose gradients are averaged over all ranks in its backward pass, bucket by bucket."""
+    from torch.nn.parallel import DistributedDataParallel  # here, as in `shard`
+
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(transformer, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -82,20 +84,22 @@ def exchange_gradients(transformer: Any, is_last: bool) -> contextlib.AbstractCo
 
     FSDP exchanges them in each: whole gradients, kept until the last one, are what it is there to avoid.
     """
-    if isinstance(transformer, DistributedDataParallel) and not is_last:
+    if hasattr(transformer, "no_sync") and not is_last:  # DDP's
         return transformer.no_sync()
     return contextlib.nullcontext()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor that may be spread over the ranks; a collective if it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor's
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
+def like(value: Tensor, parameter: Any) -> Tensor:
     """Return a copy of a whole tensor, the same on all ranks, on a parameter's device, and spread as it is."""
     value = value.to(parameter.device, copy=True)
-    if isinstance(parameter, DTensor):
+    if hasattr(parameter, "device_mesh"):  # a DTensor
+        from torch.distributed.tensor import distribute_tensor  # here, as in `shard`
+
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return value
 

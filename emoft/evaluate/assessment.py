@@ -1,19 +1,15 @@
-"""The command `python -m emoft.evaluate`: a saved model on a split, and the texts that it writes."""
+"""All that is told of a saved model: its figures on a split, and the quality of the texts that it writes."""
 
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset
 from PIL import Image
-from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.config import EvaluateConfig, parse_config
+from emoft.config import EvaluateConfig
 from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_evaluation_splits
 from emoft.data.template import TextFormat
@@ -24,11 +20,12 @@ from emoft.evaluate.classification import Classification, classify, log_prior
 from emoft.evaluate.confusion import confusion_map
 from emoft.evaluate.quality import IndependentClassifier, TrainingTexts, assess, format_quality, sample
 from emoft.evaluate.scoring import evaluate, format_figures
-from emoft.files import CONFUSION_FILE, EVALUATION_FILE, FORMAT_FILE, SAMPLES_FILE, finite, write_json
+from emoft.files import CONFUSION_FILE, EVALUATION_FILE, FORMAT_FILE, SAMPLES_FILE, finite, make_folder, write_json
 from emoft.model.attention import use_packed_attention
 from emoft.model.kernels import keep_freed_memory, use_fast_kernels
-from emoft.model.loading import load_model, load_tokenizer
+from emoft.model.loading import TextModel, load_model, load_tokenizer
 from emoft.training.precision import Precision, choose_device
+from emoft.training.runtime import Runtime
 
 
 def read_format(config: EvaluateConfig) -> TextFormat:
@@ -61,14 +58,14 @@ def read_format(config: EvaluateConfig) -> TextFormat:
     return text_format
 
 
-def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate a saved model and return all figures.
+def assess_model(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate a saved model, print and keep the figures, and return them.
 
     Raises:
         UserError: something the user can mend.
     """
     keep_freed_memory()
-    precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
+    torch.manual_seed(config.seed)
     text_format = read_format(config)
     if config.generate and not text_format.has_label:
         raise UserError(
@@ -96,22 +93,24 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         raise UserError(
             f"--max_length {text_format.max_length} is above the model's {model.config.n_positions} positions: lower it"
         )
-    model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
+    # One process: torchrun is for training.
+    runtime = Runtime(World(), Precision(config.mixed_precision, choose_device(config.use_cpu)))
+    model.to(runtime.device)  # type: ignore[arg-type]  # a fault of the library's types
     use_packed_attention(model)
     use_fast_kernels(model)
     model.eval()
+    text_model = TextModel(model, tokenizer, text_format)
 
     rows = tokenize(splits["test"], tokenizer, text_format, "test", keep_columns=True)
     batch_size = config.per_device_eval_batch_size
-    world = World()  # one process: torchrun is for training
-    evaluation = evaluate(model, tokenizer, rows, precision, world, batch_size)
+    evaluation = evaluate(text_model, rows, runtime, batch_size)
     assert evaluation
     results = evaluation.figures()
     results |= {"examples": evaluation.examples, "tokens": evaluation.tokens, "bytes": evaluation.text_bytes}
     classification = None
     if text_format.has_label:
         prior = log_prior(splits["train"]["label"], text_format) if config.use_class_prior else None
-        classification = classify(model, tokenizer, text_format, rows, precision, world, batch_size, prior)
+        classification = classify(text_model, rows, runtime, batch_size, prior)
         if classification:
             results |= classification.figures()
             results["confusion_matrix"] = {
@@ -119,20 +118,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                 "counts": classification.confusion.tolist(),  # true labels down, predicted ones across
             }
     if config.generate:
-        results |= write_and_assess(config, model, tokenizer, text_format, splits, precision)
+        results |= write_and_assess(config, text_model, splits, runtime)
     report(config, results, classification)
     return results
 
 
 def write_and_assess(
-    config: EvaluateConfig,
-    model: GPT2LMHeadModel,
-    tokenizer: GPT2Tokenizer,
-    text_format: TextFormat,
-    splits: dict[str, Dataset],
-    precision: Precision,
+    config: EvaluateConfig, text_model: TextModel, splits: dict[str, Dataset], runtime: Runtime
 ) -> dict[str, Any]:
     """Return the figures of sampled texts, "generation", and how the classifier that judges them does itself."""
+    text_format, batch_size = text_model.text_format, config.per_device_eval_batch_size
     train, results = splits.get("train"), {}
     training = independent = None
     if train is None:
@@ -150,27 +145,16 @@ def write_and_assess(
         "top_p": config.top_p,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
     }
-    samples = sample(
-        model,
-        tokenizer,
-        text_format,
-        config.generate,
-        config.mixed_precision,
-        config.per_device_eval_batch_size,
-        config.seed,
-        **options,
-    )
+    samples = sample(text_model, config.generate, config.mixed_precision, batch_size, config.seed, **options)
     if config.output_dir:
-        folder = make_folder(config.output_dir)
+        folder = make_folder(Path(config.output_dir))
         lines = [
             json.dumps({"emotion": label, "text": result.text, "finished": result.finished}, ensure_ascii=False)
             for label, generated in samples.items()
             for result in generated
         ]
         (folder / SAMPLES_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    results["generation"] = assess(
-        model, tokenizer, text_format, samples, precision, config.per_device_eval_batch_size, training, independent
-    )
+    results["generation"] = assess(text_model, samples, runtime, batch_size, training, independent)
     return results
 
 
@@ -190,7 +174,7 @@ def fit_independent(train: Dataset, text_format: TextFormat) -> IndependentClass
 def report(config: EvaluateConfig, results: dict[str, Any], classification: Classification | None) -> None:
     """Print the figures, and write them into the output folder if there is one."""
     if config.output_dir:
-        folder = make_folder(config.output_dir)
+        folder = make_folder(Path(config.output_dir))
         write_json(folder / EVALUATION_FILE, results)
         if classification:
             picture = confusion_map(classification.labels, classification.confusion)
@@ -205,29 +189,3 @@ def report(config: EvaluateConfig, results: dict[str, Any], classification: Clas
         print(f"\n{config.generate} texts for each emotion\n{format_quality(results['generation'])}")
     if config.output_dir:
         print(f"\nsaved in {config.output_dir}")
-
-
-def make_folder(name: str) -> Path:
-    """Return the output folder, made if it is not there.
-
-    Raises:
-        UserError: it cannot be.
-    """
-    try:
-        Path(name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {name} cannot be written ({error.strerror}): name another") from None
-    return Path(name)
-
-
-def main() -> int:
-    """Read the flags and evaluate."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # of loading, which takes a moment
-    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told by our own
-    config = parse_config(EvaluateConfig)
-    if config.output_dir:
-        make_folder(config.output_dir)  # before the long work
-    torch.manual_seed(config.seed)
-    run(config)
-    return 0

@@ -17,18 +17,17 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import GPT2LMHeadModel, GPT2Tokenizer
+from transformers import GPT2Tokenizer
 
 from emoft.data.batching import split_loader
 from emoft.data.duplicates import overlap
 from emoft.data.template import TextFormat
 from emoft.data.tokens import most_characters
-from emoft.distributed.world import World
 from emoft.errors import warn
 from emoft.evaluate.intervals import Interval, intervals, renamed
 from emoft.evaluate.scoring import score_examples
-from emoft.training.precision import Precision
-from emoft.training.signals import StopSignals
+from emoft.model.loading import TextModel
+from emoft.training.runtime import Runtime
 
 PAIRS = 6_000  # of a text and a label, tokenized at a time
 MOST_LABELS = 100  # each costs another evaluation
@@ -130,32 +129,25 @@ def conditioned_rows(
 
 
 def label_scores(
-    model: GPT2LMHeadModel,
-    tokenizer: GPT2Tokenizer,
-    text_format: TextFormat,
+    text_model: TextModel,
     texts: Sequence[str],
-    precision: Precision,
-    world: World,
+    runtime: Runtime,
     batch_size: int,
     ended: Sequence[bool] | None = None,
-    signals: StopSignals | None = None,
 ) -> np.ndarray | None:
     """Return log p(text | label) in nats for each text and label, (N, L) float64; None if a signal ended it.
 
     Args:
-        model: with packed attention, in either mode.
-        tokenizer: the model's.
-        text_format: its template and labels.
+        text_model: with packed attention, in either mode.
         texts: N of them.
-        precision: of the matrix products.
-        world: all ranks, each of which scores its share.
+        runtime: all ranks, each of which scores its share. A signal ends this at the next batch.
         batch_size: filled templates computed at once.
         ended: see `conditioned_rows`.
-        signals: if one was received, this ends at the next batch.
     """
+    tokenizer, text_format = text_model.tokenizer, text_model.text_format
     rows = conditioned_rows(tokenizer, text_format, texts, ended)
-    loader = split_loader(rows, batch_size, tokenizer.eos_token_id, precision.device, "packed", world)
-    scores = score_examples(model, loader, precision, world, signals=signals, description="Classifying")
+    loader = split_loader(rows, batch_size, tokenizer.eos_token_id, runtime.device, "packed", runtime.world)
+    scores = score_examples(text_model.model, loader, runtime, description="Classifying")
     return None if scores is None else -scores.nats.reshape(len(texts), len(text_format.labels))
 
 
@@ -167,15 +159,7 @@ def log_prior(labels: Sequence[str], text_format: TextFormat) -> np.ndarray:
 
 
 def classify(
-    model: GPT2LMHeadModel,
-    tokenizer: GPT2Tokenizer,
-    text_format: TextFormat,
-    rows: Dataset,
-    precision: Precision,
-    world: World,
-    batch_size: int,
-    prior: np.ndarray | None = None,
-    signals: StopSignals | None = None,
+    text_model: TextModel, rows: Dataset, runtime: Runtime, batch_size: int, prior: np.ndarray | None = None
 ) -> Classification | None:
     """Classify the texts of a split and compare with their labels.
 
@@ -183,20 +167,17 @@ def classify(
     are more than `MOST_LABELS` labels, or if the model computes infinite or NaN values.
 
     Args:
-        model: see `label_scores`.
-        tokenizer: the model's.
-        text_format: its template and labels.
+        text_model: see `label_scores`.
         rows: with the string columns "text" and "label"; with the column of `duplicates.mark_duplicates`, also without
             what train holds too.
-        precision: of the matrix products.
-        world: all ranks, each of which scores its share.
+        runtime: all ranks, each of which scores its share. A signal ends this at the next batch.
         batch_size: filled templates computed at once.
         prior: (L,) of `log_prior`; none: all labels are equally frequent.
-        signals: if one was received, this ends at the next batch.
 
     Returns:
         The result; None if there is none, or if a signal ended it.
     """
+    text_format = text_model.text_format
     if len(text_format.labels) > MOST_LABELS:
         warn(f"{len(text_format.labels)} labels, each of which costs an evaluation: texts are not classified")
         return None
@@ -212,8 +193,7 @@ def classify(
         return None
     in_train = overlap(rows)
     rows = rows.select(np.flatnonzero(which))
-    texts = list(rows["text"])
-    scores = label_scores(model, tokenizer, text_format, texts, precision, world, batch_size, signals=signals)
+    scores = label_scores(text_model, list(rows["text"]), runtime, batch_size)
     if scores is None:
         return None
     if not np.isfinite(scores).all():

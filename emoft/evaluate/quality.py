@@ -20,16 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.data.template import TextFormat
 from emoft.data.words import runs, words
-from emoft.distributed.world import World
 from emoft.evaluate.classification import Classification, compare, label_scores
 from emoft.evaluate.intervals import interval_of_mean
 from emoft.model.generation import Generated, choose_generation_precision, generate_all
-from emoft.training.precision import Precision
+from emoft.model.loading import TextModel
+from emoft.terminal import progress
+from emoft.training.runtime import Runtime
 
 COPIED = 8  # consecutive words
 REPEATED = 4
@@ -99,27 +97,19 @@ def self_repetition(text: str) -> float:
 
 
 def sample(
-    model: GPT2LMHeadModel,
-    tokenizer: GPT2Tokenizer,
-    text_format: TextFormat,
-    count: int,
-    precision: str,
-    batch_size: int,
-    seed: int,
-    **options: Any,
+    text_model: TextModel, count: int, precision: str, batch_size: int, seed: int, **options: Any
 ) -> dict[str, list[Generated]]:
     """Return so many sampled texts for each emotion.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
-        text_format: its template and labels.
+        text_model: in evaluation mode.
         count: texts for each emotion.
         precision: as of --mixed_precision.
         batch_size: texts computed at once.
         seed: of the random draws.
         options: of `generate_batch`.
     """
+    model, tokenizer, text_format = text_model.model, text_model.tokenizer, text_model.text_format
     prompts = [text_format.prompt(label) for label in text_format.labels]
     chosen = choose_generation_precision(precision, model.device, min(batch_size, count * len(prompts)))
     torch.manual_seed(seed)
@@ -134,16 +124,14 @@ def sample(
         do_sample=True,
         **options,
     )
-    bar = tqdm(results, total=len(prompts), desc="Sampling", unit="emotion", leave=False)
+    bar = progress(results, "Sampling", "emotions", len(prompts))
     return dict(zip(text_format.labels, bar, strict=True))
 
 
 def assess(
-    model: GPT2LMHeadModel,
-    tokenizer: GPT2Tokenizer,
-    text_format: TextFormat,
+    text_model: TextModel,
     samples: dict[str, list[Generated]],
-    precision: Precision,
+    runtime: Runtime,
     batch_size: int,
     training: TrainingTexts | None = None,
     independent: IndependentClassifier | None = None,
@@ -151,20 +139,19 @@ def assess(
     """Return the figures of samples by emotion, and of all together under "all", there with intervals of the shares.
 
     Args:
-        model: with packed attention.
-        tokenizer: the model's.
-        text_format: its template and labels.
+        text_model: with packed attention.
         samples: by emotion, of `sample`.
-        precision: of the scoring.
+        runtime: of the scoring.
         batch_size: filled templates scored at once.
         training: the train split; without it nothing is said of copies.
         independent: without it nothing is said of what it recognizes.
     """
+    text_format = text_model.text_format
     labels = [label for label, results in samples.items() for _ in results]
     results = [result for results in samples.values() for result in results]
     texts = [text_format.extract(result.text, label) for result, label in zip(results, labels, strict=True)]
     ended = [result.finished for result in results]
-    scores = label_scores(model, tokenizer, text_format, texts, precision, World(), batch_size, ended)
+    scores = label_scores(text_model, texts, runtime, batch_size, ended)
     assert scores is not None
     each: dict[str, np.ndarray] = {
         "recognized_by_model": np.array(

@@ -9,17 +9,16 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import GPT2LMHeadModel, GPT2Tokenizer
+from transformers import GPT2LMHeadModel
 
-from emoft.data.batching import Batch, split_loader
+from emoft.data.batching import IGNORED, Batch, split_loader
 from emoft.data.duplicates import overlap
 from emoft.data.tokens import byte_lengths
-from emoft.distributed.world import World
 from emoft.evaluate.intervals import Interval, intervals, renamed
-from emoft.training.loss import cross_entropy
-from emoft.training.precision import Precision
-from emoft.training.signals import StopSignals
+from emoft.model.loading import TextModel
+from emoft.terminal import progress
+from emoft.training.loss import cross_entropy, shift_labels
+from emoft.training.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -89,34 +88,24 @@ def perplexity(loss: float) -> float:
 
 
 def evaluate(
-    model: GPT2LMHeadModel,
-    tokenizer: GPT2Tokenizer,
-    rows: Dataset,
-    precision: Precision,
-    world: World,
-    batch_size: int,
-    batching: str = "packed",
-    signals: StopSignals | None = None,
+    text_model: TextModel, rows: Dataset, runtime: Runtime, batch_size: int, batching: str = "packed"
 ) -> Evaluation | None:
     """Return how well a model predicts a split; dropout is off meanwhile.
 
     Args:
-        model: in either mode.
-        tokenizer: the model's.
+        text_model: in either mode.
         rows: a tokenized split; with the column of `duplicates.mark_duplicates`, also without what train holds too.
-        precision: of the matrix products.
-        world: all ranks, each of which scores its share.
+        runtime: all ranks, each of which scores its share. A signal ends the evaluation at the next batch.
         batch_size: examples computed at once.
         batching: "packed" or "padded".
-        signals: if one was received, the evaluation ends at the next batch.
 
     Returns:
         The result; None if a signal ended it.
     """
-    texts, pad_id = rows.select_columns("input_ids"), tokenizer.eos_token_id
-    loader = split_loader(texts, batch_size, pad_id, precision.device, batching, world)
-    token_bytes = byte_lengths(tokenizer, model.config.vocab_size)
-    scores = score_examples(model, loader, precision, world, token_bytes, signals)
+    texts, tokenizer = rows.select_columns("input_ids"), text_model.tokenizer
+    loader = split_loader(texts, batch_size, tokenizer.eos_token_id, runtime.device, batching, runtime.world)
+    token_bytes = byte_lengths(tokenizer, text_model.model.config.vocab_size)
+    scores = score_examples(text_model.model, loader, runtime, token_bytes)
     return None if scores is None else summarize(scores, overlap(rows))
 
 
@@ -124,10 +113,8 @@ def evaluate(
 def score_examples(
     model: GPT2LMHeadModel,
     loader: DataLoader[Batch],
-    precision: Precision,
-    world: World,
+    runtime: Runtime,
     token_bytes: Tensor | None = None,
-    signals: StopSignals | None = None,
     description: str = "Evaluating",
 ) -> Scores | None:
     """Return what the model gives each example of a loader, in the order of the data set.
@@ -137,10 +124,8 @@ def score_examples(
     Args:
         model: in either mode; dropout is off meanwhile.
         loader: of `batching.split_loader`, over all examples of its data set.
-        precision: of the run.
-        world: all ranks, each of which scores its share.
-        token_bytes: (V,) int64, the bytes that each token stands for, of `model.byte_lengths`; none to count none.
-        signals: if one was received, this ends at the next batch.
+        runtime: all ranks, each of which scores its share. A signal ends this at the next batch.
+        token_bytes: (V,) int64, the bytes that each token stands for, of `tokens.byte_lengths`; none to count none.
         description: of the progress bar.
 
     Returns:
@@ -148,28 +133,30 @@ def score_examples(
     """
     was_training = model.training
     model.eval()
-    device = precision.device
+    device = runtime.device
     if token_bytes is None:
         token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     token_bytes = token_bytes.to(device)
     sums = torch.zeros(3, len(loader.dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
-    bar = tqdm(loader, desc=description, unit="batch", leave=False, dynamic_ncols=True)
-    for batch, examples in zip(bar, loader.batch_sampler or (), strict=True):
-        if signals and signals.poll():
+    batches = progress(loader, description, "batches")
+    for batch, examples in zip(batches, loader.batch_sampler or (), strict=True):
+        if runtime.is_to_stop():
             break
         owners = batch.owners().flatten()[batch.predicting].clamp(min=0)  # what has no owner is no target
         owners = torch.tensor(examples, dtype=torch.int64)[owners].to(device)  # (K,) the example of each target
         batch = batch.to(device)
-        with precision.autocast():
+        with runtime.precision.autocast():
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
-            losses = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)  # (K,)
-        is_target = batch.targets >= 0
-        values = torch.stack([losses.double(), is_target, token_bytes[batch.targets.clamp(min=0)] * is_target])
+            targets = shift_labels(batch.labels)  # (B, T)
+            losses = cross_entropy(hidden, model.lm_head.weight, targets, batch.predicting)  # (K,)
+        targets = targets.flatten()[batch.predicting]  # (K,)
+        is_target = targets != IGNORED
+        values = torch.stack([losses.double(), is_target, token_bytes[targets.clamp(min=0)] * is_target])
         sums.index_add_(1, owners, values)
     model.train(was_training)
-    if signals and signals.received:
+    if runtime.signals and runtime.signals.received:
         return None
-    nats, tokens, text_bytes = world.sum(sums).cpu().numpy()
+    nats, tokens, text_bytes = runtime.world.sum(sums).cpu().numpy()
     return Scores(nats, tokens.astype(np.int64), text_bytes.astype(np.int64))
 
 

@@ -7,12 +7,9 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from emoft.config import OneLineParser
-from emoft.errors import UserError
-from emoft.files import EVENTS_FOLDER
-from emoft.gradients.monitor import KINDS, NO_UPDATE
+from emoft.config import GradientsConfig
+from emoft.gradients.curves import Curve, read_curves
+from emoft.gradients.names import KINDS, NO_UPDATE
 
 FEW_ENTRIES = 10  # log entries below which nothing is said of how the loss goes
 LEAST_ALIGNED = 0.99  # of the targets; two equal tokens in a row make a wrong shift right now and then
@@ -30,8 +27,6 @@ SPIKE_WINDOW = 15  # log entries before one that tell whether it stands out
 SPIKE_DEVIATIONS = 8.0  # standard deviations, estimated from the median absolute deviation
 SPIKE_RISE = 0.25  # and at least so much above the median, as a share of it
 
-Curve = dict[int, float]  # value by step
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -41,26 +36,6 @@ class Finding:
     text: str  # what, where, and what to change
     tag: str  # to open in TensorBoard
     steps: list[int] = field(default_factory=list)
-
-
-def read_curves(run_dir: Path) -> dict[str, Curve]:
-    """Return all scalars of a run, finished or not, by tag.
-
-    Args:
-        run_dir: an output folder of train.py, or a folder of event files.
-
-    Raises:
-        UserError: there are no event files, or none that can be read.
-    """
-    folder = run_dir / EVENTS_FOLDER if (run_dir / EVENTS_FOLDER).is_dir() else run_dir
-    if not any(folder.glob("events.out.tfevents.*")):
-        raise UserError(f"{run_dir} holds no run (no event files in {folder}): name an --output_dir of train.py")
-    everything = {"scalars": 0, "tensors": 1, "images": 1, "histograms": 1, "compressedHistograms": 1}
-    try:
-        events = EventAccumulator(str(folder), size_guidance=everything).Reload()
-    except Exception as error:  # the reader raises whatever a damaged file leads it to
-        raise UserError(f"the event files in {folder} cannot be read ({error}): train again") from None
-    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def diagnose(curves: dict[str, Curve]) -> list[Finding]:
@@ -320,30 +295,27 @@ def describe_depth(curves: dict[str, Curve]) -> str:
     return f"gradient norm by depth: {', '.join(f'{n} {v:.3g}' for n, v in zip(names, norms, strict=True))}"
 
 
-def main() -> int:
-    """Read a run and print its diagnosis."""
-    parser = OneLineParser(
-        prog="python -m emoft.gradients", description="Say in plain words what is wrong with a training run."
-    )
-    parser.add_argument("run_dir", help="an output folder of train.py, of a finished or a running run")
-    parser.add_argument("--json", action="store_true", help="print one object of JSON")
-    arguments = parser.parse_args()
-    curves = read_curves(Path(arguments.run_dir))
+def report(config: GradientsConfig) -> None:
+    """Read a run and print its diagnosis.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    curves = read_curves(Path(config.run_dir))
     findings = diagnose(curves)
     steps = sorted(curves.get("train/loss", {}))
-    if arguments.json:
+    if config.json:
         depth = {name: statistics.median(curves[f"gradient_norm/{name}"].values()) for name in _blocks(curves)}
-        report = {"steps": steps[-1] if steps else 0, "depth": depth, "findings": [asdict(each) for each in findings]}
-        print(json.dumps(report, indent=2))
-        return 0
+        found = {"steps": steps[-1] if steps else 0, "depth": depth, "findings": [asdict(each) for each in findings]}
+        print(json.dumps(found, indent=2))
+        return
     measured = len(next((curves[f"gradient_norm/{name}"] for name in _blocks(curves)), {}))
-    print(f"{arguments.run_dir}: {len(steps)} log entries, gradients measured at {measured} steps")
+    print(f"{config.run_dir}: {len(steps)} log entries, gradients measured at {measured} steps")
     print(describe_depth(curves))
     for finding in findings:
         print(f"- {finding.text}\n  open: {finding.tag}")
     if not findings:
         print("nothing is wrong")
-    return 0
 
 
 def _blocks(curves: dict[str, Curve]) -> list[str]:

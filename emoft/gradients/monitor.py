@@ -6,24 +6,23 @@
 import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import GPT2LMHeadModel
 
-from emoft.data.batching import Batch
+from emoft.config import TrainConfig
+from emoft.data.steps import Step
 from emoft.distributed.parallel import whole
 from emoft.distributed.world import World
+from emoft.gradients.names import NO_UPDATE
 
-# The kinds of weight in a block. Weight and bias of a kind are taken together, and so are the two LayerNorms.
-KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "ln")
 IN_BLOCK = re.compile(r"transformer\.h\.(\d+)\.(ln|[a-z]+\.[a-z_]+)")
-NO_UPDATE = -12.0  # shown as log10 of the update ratio where nothing changed: zero has no logarithm
 SATURATED = -3.0  # below it GELU passes about 1 % of a gradient or less
 BINS = 64  # of a histogram
 COUNTED_AT_ONCE = 1 << 18  # values of a histogram: what stays in a processor's cache
@@ -73,28 +72,42 @@ class GradientMonitor:
     A step that is not measured costs nothing but the question whether it is.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, optimizer: AdamW, every: int, world: World) -> None:
-        self.model, self.optimizer, self.every = model, optimizer, every  # every: optimizer steps; 0 is never
-        self.world = world
+    def __init__(self, model: GPT2LMHeadModel, optimizer: Optimizer, config: TrainConfig, world: World) -> None:
+        self.model, self.optimizer, self.every = model, optimizer, config.log_gradients_every
+        self.is_compiled, self.world = config.torch_compile, world
+        if self.every:
+            optimizer.register_step_post_hook(lambda *_: self._after_update())
+        self._found: Figures | None = None
         self.groups = group_parameters(model)
         self.blocks = [f"h{number:02}" for number in range(len(model.transformer.h))]
         self.is_on = False
         self._hooks: list[RemovableHandle] = []
 
-    def begin_step(self, step: int, batches: Sequence[Batch], loss_scale: float) -> None:
-        """Decide whether a step is measured, and if so listen to the first of its micro-batches.
-
-        Args:
-            step: the number of the optimizer step that begins.
-            batches: its micro-batches, this rank's.
-            loss_scale: what the loss, and so each gradient of this rank, is multiplied by until they are unscaled.
-        """
-        self.is_on = self.every > 0 and step % self.every == 0
+    @contextlib.contextmanager
+    def watching(self, step: Step) -> Iterator[None]:
+        """Measure, if it is time to, the step that is computed and applied in this context."""
+        self.is_on = self.every > 0 and step.number % self.every == 0
         if not self.is_on:
+            yield
             return
+        # Compiled code cannot be listened to.
+        eager = torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
+        try:
+            self._listen(step)
+            with eager:
+                yield
+        finally:
+            self.is_on = False  # also of a step that was refused
+            self._stop_listening()
+            self._weights.clear()
+
+    def _listen(self, step: Step) -> None:
         device = self.model.device
-        self.figures = Figures(step)
-        self._loss_scale = loss_scale
+        self.figures = Figures(step.number)
+        self._weights: dict[nn.Parameter, Tensor] = {}
+        # What each gradient of this rank is multiplied by until the gradients are unscaled and averaged over the ranks.
+        self._loss_scale = step.loss_scale * self.world.size
+        batches = step.micro_batches
         self._read_later: dict[str, Tensor] = {}  # numbers that are still on the device
         self._sums: dict[str, Tensor] = {}  # likewise, of this rank: a sum, and over how many tokens or values it runs
         seen = self.world.gather({i for batch in batches for i in batch.inputs["input_ids"].flatten().tolist()})
@@ -130,18 +143,17 @@ class GradientMonitor:
 
         return look
 
-    def listening(self) -> contextlib.AbstractContextManager[object]:
-        """Return the context of a forward and backward pass: compiled code cannot be listened to."""
-        return torch.compiler.set_stance("force_eager") if self.is_on else contextlib.nullcontext()
-
-    @torch.no_grad()
-    def before_update(self) -> None:
-        """Measure the complete gradients, of all micro-batches, unscaled and not yet clipped; keep the weights."""
+    def _stop_listening(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    @torch.no_grad()
+    def measure_gradients(self) -> None:
+        """Measure the complete gradients, of all micro-batches, unscaled and not yet clipped; keep the weights."""
         if not self.is_on:
             return
+        self._stop_listening()
         clip = getattr(self.optimizer, "grad_scale", None)  # what the update will divide the gradients by
         for place, parameters in self.groups.items():
             gradients = _gradients(parameters)
@@ -186,20 +198,20 @@ class GradientMonitor:
             noise.append((gradient - mean).norm())
         return _norm(signal) / _norm(noise)
 
-    @torch.no_grad()
-    def after_update(self) -> Figures | None:
-        """Measure what the update changed, and read all numbers from the device: a CPU-GPU sync point.
+    def take_figures(self) -> Figures | None:
+        """Return the figures of the step that was measured since they were taken last, if there was one."""
+        found, self._found = self._found, None
+        return found
 
-        Returns:
-            The figures of a step that is measured, else None.
-        """
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        """Measure what the update changed, and read all numbers from the device: a CPU-GPU sync point."""
         if not self.is_on:
-            return None
-        self.is_on = False
+            return
         for place, parameters in self.groups.items():
             changes = [whole(self._weights[p].sub_(p.detach())) for p in parameters]
             self._read_later[f"update_norm/{place}"] = _norm(changes)
-        del self._weights
+        self._weights.clear()
         values = dict(zip(self._read_later, torch.stack(list(self._read_later.values())).tolist(), strict=True))
         sums = self.world.sum(torch.stack(list(self._sums.values())))
         for tag, (total, count) in zip(self._sums, sums.tolist(), strict=True):
@@ -217,7 +229,7 @@ class GradientMonitor:
         figures.scalars = {tag: value for tag, value in values.items() if math.isfinite(value)}
         gradients = [shape for tag, shape in figures.histograms.items() if tag.startswith("gradients/")]
         figures.scalars["gradient_not_finite/entries"] = float(sum(shape.not_finite for shape in gradients))
-        return figures
+        self._found = figures
 
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from emoft.model.kernels import dropout as fast_dropout
+from emoft.private import flash_attention
 
 NAME = "packed"
+sdpa_attention, sdpa_mask = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -62,9 +62,7 @@ def packed_attention(
         (1, N, H, D), and None for the attention weights, which are not kept.
     """
     if boundaries is None or padded_index is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if choose_kernel(query.device.type, query.dtype) == "varlen":
         return varlen_attention(query, key, value, boundaries, longest, dropout, scaling), None
     return repadded_attention(query, key, value, padded_index, len(boundaries) - 1, longest, dropout, scaling), None
@@ -79,15 +77,9 @@ def choose_kernel(device_type: str, dtype: torch.dtype) -> str:
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, dropout: float, scaling: float | None
 ) -> Tensor:
-    """FlashAttention over rows of different lengths (Dao, 2023), without any padding.
-
-    This is the operator under `torch.nn.attention.varlen.varlen_attn`, which itself knows no dropout.
-    """
+    """Causal attention over rows of different lengths, without any padding. See `private.flash_attention`."""
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, H, D)
-    output = torch.ops.aten._flash_attention_forward(
-        query, key, value, boundaries, boundaries, longest, longest, dropout, True, False, scale=scaling
-    )
-    return output[0][None]
+    return flash_attention(query, key, value, boundaries, longest, dropout, scaling)[None]
 
 
 def repadded_attention(

@@ -15,12 +15,12 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation import BaseStreamer
 
-from emoft.data.template import TextFormat
 from emoft.data.tokens import decode, token_bytes
 from emoft.distributed.parallel import is_sharded
 from emoft.errors import UserError
+from emoft.model.loading import TextModel
 from emoft.training.precision import Precision
 
 MANY = 16  # texts at once from which a CPU is faster in half precision: fewer rows do not fill its matrix units
@@ -227,13 +227,12 @@ class NoRepeatNGram(LogitsProcessor):
         return scores.scatter_reduce(1, windows[..., -1], banned, "amin")
 
 
-def sample_texts(
-    model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, text_format: TextFormat, seed: int
-) -> dict[str, str]:
+def sample_texts(text_model: TextModel, seed: int) -> dict[str, str]:
     """Return a sampled text for each emotion, or a single one, of the name "text", where the template cannot steer.
 
     Model mode and random generators are left as they were, so that a training may call this between two steps.
     """
+    model, text_format = text_model.model, text_model.text_format
     prompts = text_format.prompts()
     was_training = model.training
     model.eval()
@@ -241,7 +240,7 @@ def sample_texts(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         results = generate_batch(
-            model, tokenizer, list(prompts.values()), text_format.max_length, do_sample=True, top_k=50
+            model, text_model.tokenizer, list(prompts.values()), text_format.max_length, do_sample=True, top_k=50
         )
     model.train(was_training)
     return {name: result.text for name, result in zip(prompts, results, strict=True)}

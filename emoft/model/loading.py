@@ -1,6 +1,7 @@
 """GPT-2 and its tokenizer: from the Hub, from a folder, or fresh."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,15 @@ from emoft.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 # Vocabularies are sometimes rounded up to a multiple of 64 or 128 for speed: a model may have this many ids to spare.
 SPARE_IDS = 1024
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A GPT-2, its tokenizer, and the format of the texts that it was trained on: what always travels together."""
+
+    model: GPT2LMHeadModel
+    tokenizer: GPT2Tokenizer
+    text_format: TextFormat
 
 
 def load_model(name: str) -> GPT2LMHeadModel:
@@ -111,25 +121,17 @@ def load_model_and_tokenizer(config: TrainConfig, texts: Iterable[str]) -> tuple
     return model, tokenizer
 
 
-def save_model(
-    folder: Path,
-    model: GPT2LMHeadModel,
-    weights: dict[str, Tensor],
-    tokenizer: GPT2Tokenizer,
-    text_format: TextFormat,
-) -> None:
+def save_model(folder: Path, text_model: TextModel, weights: dict[str, Tensor]) -> None:
     """Write a folder that `from_pretrained` and `pipeline` read, and the text format beside it.
 
     Args:
         folder: is there.
-        model: tells its configuration.
+        text_model: tells the configuration, the tokens and the format.
         weights: of the model, whole.
-        tokenizer: the model's.
-        text_format: of the texts that it was trained on.
     """
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-    text_format.save(folder)
+    text_model.model.save_pretrained(folder, state_dict=weights)
+    text_model.tokenizer.save_pretrained(folder)
+    text_model.text_format.save(folder)
 
 
 def load_tokenizer(name: str, flag: str = "model_name_or_path") -> GPT2Tokenizer:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard import FileWriter, summary
 
 from emoft.config import TrainConfig
 from emoft.gradients.monitor import Histogram
+from emoft.private import restart_marks
 from emoft.tracking.charts import GROUPS, GUIDE, LAYOUT, TAGS
 
 DESCRIPTIONS = dict(TAGS.values())
@@ -42,7 +41,7 @@ class EventFile:
             warn: tells the user.
         """
         self.folder, self.config, self.is_wanted, self.warn = folder, config, is_wanted, warn
-        self._writer: SummaryWriter | None = None
+        self._writer: FileWriter | None = None
         self._described: set[str] = set()
 
     def open(self, step: int) -> None:
@@ -52,74 +51,78 @@ class EventFile:
         threading.excepthook = _quiet_about_writing
         self._described.clear()
         try:
-            # TensorBoard hides what comes after such a mark from the second one on: the first must be there from the
+            self._writer = FileWriter(str(self.folder))
+            # TensorBoard hides what comes after such marks from the second ones on: the first must be there from the
             # beginning.
-            self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+            for mark in restart_marks(step + 1):
+                self._writer.add_event(mark)
         except OSError as error:
             self._give_up(error)
             return
-        self._write(lambda writer: writer.add_custom_scalars(LAYOUT))
+        self._add(summary.custom_scalars(LAYOUT))
         if step == 0:
-            self._write(lambda writer: writer.add_text("guide", GUIDE, 0))
-        for summary in self._hparams()[:2]:
-            self._add_summary(summary)
+            self._add(summary.text("guide", GUIDE), 0)
+        for part in self._hparams()[:2]:
+            self._add(part)
 
     def close(self) -> None:
         """End the file."""
-        self._write(SummaryWriter.close)
+        self._write(FileWriter.flush)  # tells what could not be written; `FileWriter.close` alone does not
+        self._write(FileWriter.close)
+        self._writer = None
         threading.excepthook = threading.__excepthook__
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
         """Add a point to each of some curves; to the first of each, what the curve means."""
         for tag, value in values.items():
-            scalar = Summary.Value(tag=tag, simple_value=value)
+            point = summary.scalar(tag, value)
             if tag not in self._described:
                 self._described.add(tag)
-                description = DESCRIPTIONS.get(tag) or GROUPS.get(tag.partition("/")[0], "")
-                plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-                scalar.metadata.CopyFrom(SummaryMetadata(plugin_data=plugin, summary_description=description))
-            self._add_summary(Summary(value=[scalar]), step)
+                metadata = point.value[0].metadata
+                metadata.plugin_data.plugin_name = "scalars"
+                metadata.summary_description = DESCRIPTIONS.get(tag) or GROUPS.get(tag.partition("/")[0], "")
+            self._add(point, step)
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Add a text, shown as it is."""
         markdown = "\n".join(f"    {line}" for line in text.splitlines())
-        self._write(lambda writer: writer.add_text(tag, markdown, step))
+        self._add(summary.text(tag, markdown), step)
 
     def add_image(self, tag: str, picture: np.ndarray, step: int) -> None:
         """Add a picture, (H, W, 3) uint8."""
-        self._write(lambda writer: writer.add_image(tag, picture, step, dataformats="HWC"))
+        self._add(summary.image(tag, picture, dataformats="HWC"), step)
 
     def add_histogram(self, tag: str, shape: Histogram, step: int) -> None:
         """Add a histogram that was counted elsewhere."""
-        values: dict[str, Any] = {
-            "min": shape.low,
-            "max": shape.high,
-            "num": sum(shape.counts),
-            "sum": shape.total,
-            "sum_squares": shape.squares,
-            "bucket_limits": shape.limits,
-            "bucket_counts": shape.counts,
-        }
-        self._write(lambda writer: writer.add_histogram_raw(tag, global_step=step, **values))
+        histogram = summary.histogram_raw(
+            tag,
+            min=shape.low,
+            max=shape.high,
+            num=sum(shape.counts),
+            sum=shape.total,
+            sum_squares=shape.squares,
+            bucket_limits=shape.limits,
+            bucket_counts=shape.counts,
+        )
+        self._add(histogram, step)
 
     def add_results(self, results: dict[str, Any], step: int) -> None:
         """Complete the run's line in the HParams table."""
         self.add_scalars({f"final/{name}": results[name] for name in FINAL if name in results}, step)
-        self._add_summary(self._hparams()[2])
+        self._add(self._hparams()[2])
 
     def _hparams(self) -> Any:
         """Return the run's configuration for the HParams table: the experiment, the session's start and its end.
 
-        The writer's own `add_hparams` would open a second run.
+        `SummaryWriter.add_hparams` would open a second run.
         """
         values = {name: str(v) if isinstance(v, list) else v for name, v in asdict(self.config).items()}
-        return hparams(values, dict.fromkeys(f"final/{name}" for name in FINAL))
+        return summary.hparams(values, dict.fromkeys(f"final/{name}" for name in FINAL))
 
-    def _add_summary(self, summary: Any, step: int | None = None) -> None:
-        # What the writer's own methods call.
-        self._write(lambda writer: writer._get_file_writer().add_summary(summary, step))
+    def _add(self, entry: Any, step: int | None = None) -> None:
+        self._write(lambda writer: writer.add_summary(entry, step))
 
-    def _write(self, write: Callable[[SummaryWriter], object]) -> None:
+    def _write(self, write: Callable[[FileWriter], object]) -> None:
         if self._writer is not None:
             try:
                 write(self._writer)

@@ -1,8 +1,7 @@
-"""One dict of metrics to every sink: TensorBoard, trainer_state.json, the progress bar."""
+"""One dict of metrics to every sink: TensorBoard, trainer_state.json, the bar or the log file."""
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,18 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GPT2Config
 
 from emoft.config import TrainConfig
-from emoft.data.batching import Batch, Lengths, target_tokens
+from emoft.data.batching import target_tokens
+from emoft.data.steps import Step
 from emoft.distributed.world import World
+from emoft.errors import warn
 from emoft.evaluate.classification import Classification
 from emoft.evaluate.confusion import confusion_map
 from emoft.evaluate.scoring import Evaluation, perplexity
 from emoft.files import EVENTS_FOLDER, TRAINER_STATE_FILE, fault_file, write_json
 from emoft.gradients.heat_map import heat_map
 from emoft.gradients.monitor import Figures
+from emoft.terminal import TrainingBar, say
 from emoft.tracking.charts import GUIDE_LEVEL, TAGS
 from emoft.tracking.events import EventFile
 from emoft.tracking.run_state import SUMS, RunState
@@ -68,18 +69,18 @@ class Tracker:
         self._sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
         folder = self.output_dir / EVENTS_FOLDER
         self.events = EventFile(folder, config, world.is_main, self.warn)
-        self._batches: list[Batch] = []  # of the latest step
+        self._step: Step | None = None  # the latest
         self._clock_started = time.perf_counter()
 
     def __enter__(self) -> "Tracker":
-        self.bar = tqdm(total=self.total_steps, initial=self.run.step, desc="Training", unit="step", dynamic_ncols=True)
+        self.bar = TrainingBar(self.total_steps, self.run.step, self.run.train_seconds)
         self.events.open(self.run.step)
         self._clock_started = time.perf_counter()
         return self
 
     def warn(self, message: str) -> None:
         """Print a line of warning to standard error, above the bar."""
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+        warn(message)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -88,7 +89,7 @@ class Tracker:
         self.events.close()
 
     def close_bar(self) -> None:
-        """End the bar's line, so that what is printed stands below it."""
+        """End the bar's line, so that what is printed stands below it, and bars inside it."""
         self.bar.close()
 
     @contextlib.contextmanager
@@ -100,31 +101,28 @@ class Tracker:
         finally:
             self._clock_started = time.perf_counter()
 
-    def count_step(
-        self, loss: Tensor, grad_norm: Tensor, lengths: Lengths, batches: list[Batch], skipped: bool = False
-    ) -> None:
+    def count_step(self, step: Step, loss: Tensor, grad_norm: Tensor, skipped: bool = False) -> None:
         """Add an optimizer step.
 
         Args:
+            step: what it computed on.
             loss: its mean over all targets, on the device.
             grad_norm: before clipping, likewise. If loss or norm is not finite, the step changed nothing, and does not
                 count for the mean of losses.
-            lengths: tokens of each of its examples, on all ranks.
-            batches: its micro-batches on this rank.
             skipped: whether fp16's loss scaling dropped the update.
         """
         run = self.run
-        self._batches = batches
+        self._step = step
         run.step += 1
         run.skipped_steps += skipped
-        run.samples += len(lengths)
-        tokens = target_tokens(lengths)
+        run.samples += len(step.examples)
+        tokens = target_tokens(step.lengths)
         run.tokens += tokens
-        run.operations += training_operations(self.shape, lengths)
+        run.operations += training_operations(self.shape, step.lengths)
         is_clipped = grad_norm > (self.config.max_grad_norm or math.inf)
         row = torch.stack([loss * tokens, torch.full_like(loss, tokens), is_clipped]).double()
         self._sums += torch.where(loss.isfinite() & grad_norm.isfinite(), row, 0)
-        self.bar.update()
+        self.bar.advance(run.train_seconds + time.perf_counter() - self._clock_started)
 
     def _read_sums(self) -> None:
         """Read from the device: a CPU-GPU sync point."""
@@ -161,13 +159,15 @@ class Tracker:
                 "train/unigram_entropy": self.unigram_entropy,
                 "train/nonfinite_steps": run.nonfinite_steps,
                 "train/max_grad_norm": self.config.max_grad_norm or math.nan,
-                "train/label_alignment": min(batch.aligned_share() for batch in self._batches),
+                "train/label_alignment": self._step.aligned_share() if self._step else math.nan,
             }
             self.events.add_scalars(beside, run.step)
-            self.bar.set_postfix_str(
-                f"loss {loss:.3f}, {speed['samples_per_second']:.1f} samples/s,"
-                f" {speed['tokens_per_second']:,.0f} tokens/s, {speed['share_of_peak']:.0%} of peak",
-                refresh=False,
+            self.bar.log(
+                loss,
+                speed["samples_per_second"],
+                speed["tokens_per_second"],
+                speed["share_of_peak"],
+                metrics.get("learning_rate"),
             )
             run.logged = {name: getattr(run, name) for name in (*SUMS, "step")}
 
@@ -184,7 +184,7 @@ class Tracker:
             run.best_loss, run.best_step, run.evaluations_since_best = evaluation.loss, run.step, 0
         elif run.step > 0:
             run.evaluations_since_best += 1
-        tqdm.write(
+        say(
             f"step {run.step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f},"
             f" {evaluation.bits_per_byte:.3f} bits per byte" + (" (best so far)" if is_best else "")
         )
@@ -231,7 +231,7 @@ class Tracker:
                 write_json(self.output_dir / fault_file(fault.step), {**asdict(fault), **details})
             except OSError as error:
                 self.warn(f"{fault_file(fault.step)} cannot be written ({error.strerror})")
-        tqdm.write("\n".join(lines))
+        say("\n".join(lines))
         self.events.add_text("nonfinite", "\n".join(lines), fault.step)
         self.events.add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)
 

@@ -4,6 +4,7 @@ A language model that is trained to predict words hardly needs the label: most w
 contrast asks for the label in every text, and makes of the model a classifier too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GPT2Tokenizer
 
+from emoft.config import TrainConfig
 from emoft.data.batching import Batch
+from emoft.data.steps import Step
 from emoft.data.template import TextFormat
+from emoft.distributed.world import World
 from emoft.errors import UserError
 
 
@@ -87,21 +91,69 @@ class WrongLabels:
         return own
 
 
+class LabelContrast:
+    """The part of the loss that asks for the label; nothing at all with a weight of 0."""
+
+    def __init__(self, config: TrainConfig, tokenizer: GPT2Tokenizer, text_format: TextFormat, rows: Dataset) -> None:
+        """Prepare it, if the flags ask for it.
+
+        Args:
+            config: the weight, the number of wrong labels, and the seed of their draw.
+            tokenizer: of the model.
+            text_format: of the data, with its labels.
+            rows: the tokenized train split.
+
+        Raises:
+            UserError: the texts do not allow it.
+        """
+        self.weight = config.label_contrast
+        self.with_rivals: Callable[..., list[dict[str, Any]]] | None = None
+        if self.weight:
+            wrong_labels = WrongLabels(tokenizer, text_format, config.contrast_labels, config.seed)
+            wrong_labels.check(rows)
+            self.with_rivals = wrong_labels.with_rivals
+        self._step: Step | None = None
+        self._sum = torch.zeros(())  # of the contrast over this rank's part of the step
+
+    def __call__(self, losses: Tensor, batch: Batch, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the losses of the texts alone, and what the contrast adds to the loss of the step.
+
+        Args:
+            losses: (K,), of `cross_entropy`.
+            batch: holds texts and, if the contrast is on, their rivals.
+            step: of which the batch is a part.
+        """
+        if self.with_rivals is None:
+            return losses, losses.new_zeros(())
+        of_texts, contrast = label_contrast(losses, batch)
+        contrast = contrast / len(step.examples)
+        self._sum = contrast.detach() + (self._sum if step is self._step else 0)
+        self._step = step
+        return of_texts, self.weight * contrast
+
+    def of_last_step(self, world: World) -> dict[str, float]:
+        """Return the contrast of the latest step, in nats, under its name in the log; nothing if it is off.
+
+        A collective, and a CPU-GPU sync point.
+        """
+        return {"label_contrast": world.sum(self._sum).item()} if self.with_rivals else {}
+
+
 def label_contrast(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy summed over the targets of all texts, and the contrast summed over the texts; in nats.
+    """Return the losses of the texts, those of their rivals being 0, and the contrast summed over the texts; in nats.
 
     The contrast is the cross-entropy of the choice of the label y from itself and the wrong ones y' by the likelihoods
     of the text x: -log(p(x|y) / (p(x|y) + sum of all p(x|y'))).
 
     Args:
         losses: (K,), of `cross_entropy`.
-        batch: holds texts and their rivals, of `WrongLabels.with_rivals`; or no rivals, and then there is no contrast.
+        batch: holds texts and their rivals, of `WrongLabels.with_rivals`; a rank may have none.
     """
     if batch.contrasted is None:
-        return losses.sum(), losses.new_zeros(())
+        return losses, losses.new_zeros(())
     owners = batch.owners().to(losses.device).flatten()[batch.predicting]  # (K,)
     owners = owners.clamp(min=0)  # of what only fills up, whose losses are 0
-    of_texts = torch.where(owners < batch.examples, losses, 0).sum()
+    of_texts = torch.where(owners < batch.examples, losses, 0)
     nats = losses.new_zeros(len(batch.lengths)).index_add(0, owners, torch.where(batch.contrasted, losses, 0))
     nats = nats.view(-1, batch.examples)  # (1 + rivals of each, E)
     return of_texts, F.cross_entropy(-nats.T, nats.new_zeros(batch.examples, dtype=torch.long), reduction="sum")

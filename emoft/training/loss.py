@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the label of what is no target
+from emoft.data.batching import IGNORED
+
 FLOAT_BYTES = 8 << 20  # of logits in float32 at a time: what stays in a processor's cache
 LOGIT_BYTES = 64 << 20  # of logits in float32 at a time in inference: enough rows for a fast matrix product
 WEIGHT_ROWS = 8192  # of the head's gradient at a time, likewise
@@ -30,8 +31,13 @@ def shift_labels(labels: Tensor) -> Tensor:
     return targets
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, predicting: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, predicting: Tensor) -> Tensor:
     """Return the cross-entropy of each target, (K,), in nats, computed in float32 at least.
+
+    In words that need more memory and time, it is
+
+        logits = (hidden @ head.T).flatten(0, 1)[predicting]                                    # (K, V)
+        losses = F.cross_entropy(logits.float(), targets.flatten()[predicting], ignore_index=-100, reduction="none")
 
     No mean, so that the caller can divide once by the targets of a whole step: a mean of the means of micro-batches
     would give the tokens of short texts more weight. Logits exist only where there is a target.
@@ -39,10 +45,11 @@ def cross_entropy(hidden: Tensor, head: Tensor, predicting: Tensor, targets: Ten
     Args:
         hidden: (B, T, C), the last hidden states.
         head: (V, C), the weight of the language model's head.
-        predicting: (K,) places in the flattened hidden states that predict a token.
-        targets: (K,) the token of each, of `shift_labels`; 0 is returned for `IGNORED` ones.
+        targets: (B, T), of `shift_labels`: the token that each place has to predict.
+        predicting: (K,) the places, flattened, that predict a token; 0 is returned for those whose target is `IGNORED`.
     """
     hidden = hidden.flatten(0, 1).index_select(0, predicting)
+    targets = targets.flatten().index_select(0, predicting)
     if not torch.is_grad_enabled():
         return _without_gradient(hidden, head, targets)
     return _LinearCrossEntropy.apply(hidden, head, targets)

@@ -1,4 +1,7 @@
-"""Infinite or NaN losses and gradients: kept from the weights, and traced to where they began."""
+"""Infinite or NaN losses and gradients: kept from the weights, and traced to where they began.
+
+The training loop itself repeats such a step, with a listener at every module: what is traced is what was computed.
+"""
 
 import base64
 import math
@@ -10,74 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from transformers import GPT2LMHeadModel
 
-from emoft.data.batching import Batch
+from emoft.data.steps import Step
 from emoft.distributed.parallel import whole
-from emoft.distributed.world import World
 from emoft.errors import UserError
 from emoft.files import fault_file
-from emoft.training.contrast import label_contrast
-from emoft.training.loss import cross_entropy
-from emoft.training.precision import Precision
+from emoft.training.optimizer import skip_next_step_if
 from emoft.training.randomness import random_state, set_random_state
+from emoft.training.runtime import Runtime
 
 MOST_IN_A_ROW = 10  # steps that --on_nonfinite skip drops before it stops
-
-
-@dataclass(frozen=True)
-class Step:
-    """What repeats a step: its micro-batches, and the random state in which it began."""
-
-    number: int
-    batches: list[Batch]  # of this rank
-    targets: int  # tokens that all ranks' micro-batches predict
-    random_state: list[Tensor]
-
-
-class NonFiniteGuard:
-    """Keeps a step whose loss or gradient is not finite from changing anything, and remembers it.
-
-    On a GPU nobody waits at every step for the answer: once there was such a step, the optimizer itself changes
-    nothing any more, until `look` reads which step it was. Where each step is looked at anyway (on the CPU, in fp16,
-    whose scaler waits, and if such steps are to be skipped), `looks_always` says so.
-    """
-
-    def __init__(self, optimizer: AdamW, precision: Precision, on_nonfinite: str) -> None:
-        self.optimizer, self.precision = optimizer, precision
-        is_cpu, is_fp16 = precision.device.type == "cpu", precision.scaler.is_enabled()
-        self.looks_always = is_cpu or is_fp16 or on_nonfinite == "skip"
-        self._first = torch.zeros((), dtype=torch.int64, device=precision.device)  # such step since the last look
-        self._recent: list[Step] = []
-
-    def begin_step(self, number: int, batches: list[Batch], targets: int) -> None:
-        """Remember what repeats the step that begins; see `Step`."""
-        self._recent.append(Step(number, batches, targets, random_state(self.precision.device)))
-
-    def refuse(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Make the next `optimizer.step()` change nothing if the loss or the gradient is infinite or NaN.
-
-        In fp16 an infinite gradient is no fault, since the scaler drops the step and lowers its scale; but no scale
-        mends an infinite loss, or a gradient that is infinite at a scale below 1.
-        """
-        is_fault = ~(loss.isfinite() & grad_norm.isfinite())
-        scaler = self.precision.scaler
-        if scaler.is_enabled() and scaler.get_scale() >= 1:
-            is_fault = ~loss.isfinite()
-        number = self._recent[-1].number
-        self._first = torch.where((self._first == 0) & is_fault, number, self._first)
-        if not scaler.is_enabled():
-            # Read by the fused kernel, on the device.
-            self.optimizer.found_inf = (self._first > 0).float()  # type: ignore[attr-defined]
-
-    def look(self) -> Step | None:
-        """Return the first step at fault since the last look. Reads from the device: a CPU-GPU sync point."""
-        number = int(self._first)
-        fault = next((step for step in self._recent if step.number == number), None)
-        self._first.zero_()
-        self._recent.clear()
-        return fault
+LAST_MODULE = "transformer.ln_f"  # what comes after it is the head and the loss
 
 
 @dataclass
@@ -89,7 +37,7 @@ class Fault:
     loss_scale: float
     found: str  # "forward", "backward", "weight gradient", or "nowhere" if it did not recur
     module: str = ""  # the first whose output, or whose output's gradient, was not finite; or the parameter
-    values_not_finite: int = 0  # of that output or gradient
+    values_not_finite: int = 0  # of that output or gradient; of the head, places whose loss is not finite
     values: int = 0
     parameters_not_finite: list[str] = field(default_factory=list)
     gradients_not_finite: list[str] = field(default_factory=list)
@@ -99,56 +47,113 @@ class Fault:
     random_state: list[str] = field(default_factory=list)  # its generators at the start of the step, base64
 
 
-def trace(step: Step, model: GPT2LMHeadModel, precision: Precision, world: World) -> Fault:
-    """Repeat a step, which has changed nothing, and note the first module that was not finite.
+class NonFiniteGuard:
+    """Keeps a step whose loss or gradient is not finite from changing anything, and lets it be repeated.
 
-    Each rank repeats its own part; the result is the same on all. The gradients are gone afterwards; weights and random
-    generators are as before.
-
-    Args:
-        step: the step, of `NonFiniteGuard.look`.
-        model: in training mode.
-        precision: of the run.
-        world: all ranks.
+    On a GPU nobody waits at every step for the answer: once there was such a step, the optimizer itself changes
+    nothing any more, until somebody looks and reads which step it was. Where each step is looked at anyway (on the CPU,
+    in fp16, whose scaler waits, and if such steps are to be skipped), `looks_always` says so.
     """
-    fault = Fault(
-        step.number,
-        0.0,
-        precision.scaler.get_scale(),
-        "nowhere",
-        rank=world.rank,
-        parameters_not_finite=[name for name, p in model.named_parameters() if _is_bad(whole(p))],
-        token_ids=[ids for batch in step.batches for ids in batch.token_ids()],
-        random_state=[base64.b64encode(state.numpy().tobytes()).decode() for state in step.random_state],
-    )
-    model.zero_grad(set_to_none=True)
-    examples_before = 0
-    with _random_state_of(step, precision.device):
-        for cpu_batch in step.batches:
-            batch = cpu_batch.to(precision.device)
-            with _Listener(model) as listener:
-                with precision.autocast():
-                    hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-                    losses = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
-                loss = label_contrast(losses, batch)[0] / max(1, step.targets)
-                fault.loss += loss.item()
-                if _is_bad(loss):
-                    listener.note("forward", "lm_head", loss)
-                precision.scaler.scale(loss * world.size).backward()
-            if listener.first is not None and fault.found == "nowhere":
-                fault.found, fault.module, bad = listener.first
-                fault.values_not_finite, fault.values = int(bad.sum()), bad.numel()
-                owners = cpu_batch.owners()
-                places = owners[bad.flatten(2).any(2).cpu()] if bad.shape[:2] == owners.shape else owners
-                at_fault = (places[places >= 0] % max(1, batch.examples)).unique()  # a rival is its text
-                fault.examples_at_fault = [examples_before + int(place) for place in at_fault]
-            examples_before += batch.examples
-    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    fault.gradients_not_finite = [name for name, gradient in gradients if _is_bad(whole(gradient))]
-    if fault.found == "nowhere" and fault.gradients_not_finite:
-        fault.found, fault.module = "weight gradient", fault.gradients_not_finite[0]
-    model.zero_grad(set_to_none=True)
-    return _of_all_ranks(world.gather(fault))
+
+    def __init__(self, model: GPT2LMHeadModel, optimizer: Optimizer, runtime: Runtime, on_nonfinite: str) -> None:
+        self.model, self.optimizer, self.runtime = model, optimizer, runtime
+        is_cpu, is_fp16 = runtime.device.type == "cpu", runtime.precision.scaler.is_enabled()
+        self.looks_always = is_cpu or is_fp16 or on_nonfinite == "skip"
+        self.bad_step: Step | None = None  # that is to be repeated, or is being repeated
+        self.fault: Fault | None = None  # what its repetition found
+        self._first = torch.zeros((), dtype=torch.int64, device=runtime.device)  # such step since the last look
+        self._recent: list[Step] = []  # since then
+        self._listener: _Listener | None = None
+
+    def begin_step(self, step: Step) -> None:
+        """Remember what repeats the step that begins."""
+        step.random_state = random_state(self.runtime.device)
+        self._recent.append(step)
+
+    def refuses(self, step: Step, loss: Tensor, grad_norm: Tensor, looks: bool) -> bool:
+        """Say whether a step must not be applied; its gradients are dropped then, and the loss scale stays as it is.
+
+        In fp16 an infinite gradient is no fault, since the scaler drops the step and lowers its scale; but no scale
+        mends an infinite loss, or a gradient that is infinite at a scale below 1.
+
+        Args:
+            step: of `begin_step`, or `bad_step` once more.
+            loss: of the whole step, on the device.
+            grad_norm: likewise, unscaled.
+            looks: reads from the device, a CPU-GPU sync point, which elsewhere than there is no matter.
+        """
+        if self._listener is not None:  # this was the repetition
+            self.fault = self._find_fault(step, float(loss))
+            self._drop_gradients()
+            return True
+        is_fault = ~(loss.isfinite() & grad_norm.isfinite())
+        scaler = self.runtime.precision.scaler
+        if scaler.is_enabled() and scaler.get_scale() >= 1:
+            is_fault = ~loss.isfinite()
+        self._first = torch.where((self._first == 0) & is_fault, step.number, self._first)
+        if self.looks_always or looks:
+            first = int(self._first)
+            self.bad_step = next((each for each in self._recent if each.number == first), None)
+            self._first.zero_()
+            self._recent.clear()
+        else:
+            skip_next_step_if(self.optimizer, self._first > 0)
+        if self.bad_step is not None:
+            self._drop_gradients()
+        return self.bad_step is not None
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler = self.runtime.precision.scaler
+        if scaler.is_enabled():
+            scaler.update(scaler.get_scale())  # the same scale, and the gradients of the next step are scaled anew
+
+    @contextmanager
+    def repeating(self) -> Iterator[Step]:
+        """Give the bad step to be repeated, in the random state in which it began; `fault` then says what was found."""
+        step = self.bad_step
+        assert step is not None
+        now = random_state(self.runtime.device)
+        set_random_state(step.random_state, self.runtime.device)
+        step.targets.clear()
+        try:
+            with _Listener(self.model) as self._listener:
+                yield step
+        finally:
+            self._listener = self.bad_step = None
+            set_random_state(now, self.runtime.device)
+
+    def _find_fault(self, step: Step, loss: float) -> Fault:
+        """Return what the listener heard while the step was repeated, of all ranks."""
+        assert self._listener is not None
+        named = list(self.model.named_parameters())
+        fault = Fault(
+            step.number,
+            loss,
+            step.loss_scale,
+            "nowhere",
+            rank=self.runtime.world.rank,
+            parameters_not_finite=[name for name, p in named if _is_bad(whole(p))],
+            gradients_not_finite=[name for name, p in named if p.grad is not None and _is_bad(whole(p.grad))],
+            token_ids=[ids for batch in step.micro_batches for ids in batch.token_ids()],
+            random_state=[base64.b64encode(state.numpy().tobytes()).decode() for state in step.random_state],
+        )
+        if self._listener.first is not None:
+            fault.found, fault.module, bad, micro_batch = self._listener.first
+            if (fault.found, fault.module) == ("backward", LAST_MODULE) and not math.isfinite(loss):
+                # All modules were finite, and the loss was not: only the head stands between.
+                fault.found, fault.module, bad = "forward", "lm_head", bad.any(-1)
+            fault.values_not_finite, fault.values = int(bad.sum()), bad.numel()
+            batch = step.micro_batches[micro_batch]
+            owners = batch.owners()
+            of_places = bad.flatten(2).any(2).cpu() if bad.dim() > 2 else bad.cpu()  # (B, T), of most modules
+            places = owners[of_places] if of_places.shape == owners.shape else owners
+            at_fault = (places[places >= 0] % max(1, batch.examples)).unique()  # a rival is its text
+            examples_before = sum(each.examples for each in step.micro_batches[:micro_batch])
+            fault.examples_at_fault = [examples_before + int(place) for place in at_fault]
+        elif fault.gradients_not_finite:
+            fault.found, fault.module = "weight gradient", fault.gradients_not_finite[0]
+        return _of_all_ranks(self.runtime.world.gather(fault))
 
 
 def _of_all_ranks(faults: list[Fault]) -> Fault:
@@ -163,7 +168,6 @@ def _of_all_ranks(faults: list[Fault]) -> Fault:
         examples_before += len(fault.token_ids)
     return replace(
         first,
-        loss=sum(fault.loss for fault in faults),
         examples_at_fault=examples_at_fault,
         # After a forward pass that is not finite, all are.
         gradients_not_finite=[] if first.found == "forward" else list(dict.fromkeys(gradients)),
@@ -182,11 +186,12 @@ def describe(fault: Fault, examples: list[int], texts: list[str], details: str) 
     """
     share = f"{fault.values_not_finite:,} of {fault.values:,} values"
     where = {
+        "head": f"began in the head: {share} of its losses are not finite, though all that came before it is",
         "forward": f"began in the forward pass: {share} of the output of {fault.module} are not finite",
         "backward": f"began in the backward pass: {share} of the gradient to {fault.module}'s output are not finite",
         "weight gradient": f"began in the gradient of {fault.module}; those of the activations are finite",
         "nowhere": "it did not recur when the step was repeated: the device may be faulty",
-    }[fault.found]
+    }["head" if fault.module == "lm_head" else fault.found]
     weights = "all weights are finite"
     if fault.parameters_not_finite:
         weights = f"not finite are the weights {_few(fault.parameters_not_finite)}"
@@ -222,27 +227,23 @@ def refusal(fault: Fault, in_a_row: int, saved_in: Path | None, output_dir: Path
     return UserError(f"{what}; it was not applied, {kept}; {cure} (see {output_dir / fault_file(fault.step)})")
 
 
-@contextmanager
-def _random_state_of(step: Step, device: torch.device) -> Iterator[None]:
-    now = random_state(device)
-    set_random_state(step.random_state, device)
-    try:
-        yield
-    finally:
-        set_random_state(now, device)
-
-
 class _Listener:
     """Hears every module of a model, and notes the first output or gradient that is not finite."""
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         self.model = model
-        self.first: tuple[str, str, Tensor] | None = None  # the pass, the module, where its values are not finite
+        # The pass, the module, where its values are not finite, and the number of the micro-batch, from 0.
+        self.first: tuple[str, str, Tensor, int] | None = None
+        self.micro_batch = -1
 
     def __enter__(self) -> "_Listener":
         modules = [(name, module) for name, module in self.model.named_modules() if name]
         self.hooks = [module.register_forward_hook(self._output_hook(name)) for name, module in modules]
+        self.hooks.append(self.model.transformer.register_forward_pre_hook(self._count_micro_batch))
         return self
+
+    def _count_micro_batch(self, module: nn.Module, inputs: Any) -> None:
+        self.micro_batch += 1
 
     def __exit__(self, *error: object) -> None:
         for hook in self.hooks:
@@ -250,7 +251,7 @@ class _Listener:
 
     def note(self, direction: str, name: str, values: Tensor) -> None:
         if self.first is None:
-            self.first = direction, name, ~values.detach().isfinite()
+            self.first = direction, name, ~values.detach().isfinite(), self.micro_batch
 
     def _output_hook(self, name: str) -> Any:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:

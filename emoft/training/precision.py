@@ -30,8 +30,9 @@ def choose_precision(device: torch.device) -> str:
     """Return bf16 where the device computes in it, else fp16 on a GPU, else "no"."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return "bf16"
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_tile") else "no"
     return "no"
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,8 @@ import pytest
 from conftest import ROOT
 from transformers import GPT2LMHeadModel
 
-from emoft.benchmark.config import draw_lengths
 from emoft.benchmark.generation import PIPELINE
+from emoft.benchmark.lengths import draw_lengths
 from emoft.benchmark.scaling import efficiency, exchange_seconds, modelled_seconds
 from emoft.benchmark.training import EMOFT, FLATTENED, TUNED, TUTORIAL
 
@@ -27,6 +28,7 @@ def run(tmp_path: Path, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "emoft.benchmark", *map(str, words)],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # beside other tests, more threads would wait for each other
         capture_output=True,
         text=True,
         timeout=280,

@@ -3,14 +3,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from emoft.checkpoints.folder import (
-    SaveError,
-    checkpoints,
-    find_checkpoint,
-    prepare_output_dir,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from emoft.checkpoints.folder import SaveError, prepare_output_dir, remove_old_checkpoints, save_checkpoint
+from emoft.checkpoints.search import checkpoints, find_checkpoint
 from emoft.config import TrainConfig
 from emoft.distributed.world import World
 from emoft.errors import UserError

@@ -4,7 +4,10 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +21,9 @@ from kills import Killer
 from safetensors.torch import load_file
 from test_train import flags, history
 
-from emoft.checkpoints.folder import find_checkpoint, save_checkpoint, sweep
+from emoft.checkpoints.folder import save_checkpoint, sweep
 from emoft.checkpoints.manifest import damage, write_manifest
+from emoft.checkpoints.search import find_checkpoint
 from emoft.config import TrainConfig
 from emoft.distributed.world import World
 from emoft.errors import UserError
@@ -159,8 +163,6 @@ class TestDamage:
             third.rename(first)
 
     def test_a_run_says_that_it_fell_back(self, run, tmp_path, two_checkpoints, tiny_model, train_file) -> None:
-        import shutil
-
         shutil.copytree(two_checkpoints, tmp_path / "run")
         (tmp_path / "run/checkpoint-2/model.safetensors").write_bytes(b"torn")
         result = run(
@@ -259,9 +261,27 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 # ---- Signals, locks, links -------------------------------------------------------------------------------------------
 
+# The script as it is, but telling of each evaluation as soon as it begins, and once.
+TELLING = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import emoft.terminal
+emoft.terminal.DELAY_SECONDS, emoft.terminal.SILENCE_SECONDS = 0, 3600
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
+def wait_for_evaluation(scripts: WarmScripts, number: int) -> None:
+    """Wait until a run of TELLING is in its so manieth evaluation."""
+    deadline = time.monotonic() + 60
+    while scripts.files["stderr"].read_text(errors="replace").count("Evaluating ... ") < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
 
 def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, train_file) -> None:
     """It is left to the resumed run, which ends as if nothing had been."""
+    (tmp_path / "telling.py").write_text(TELLING)
     (tmp_path / "many.txt").write_text("\n".join(f"i feel number {n};joy" for n in range(1500)) + "\n")
     words = flags(
         tiny_model,
@@ -273,12 +293,9 @@ def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, 
         max_eval_samples=1500,
     )
     # The resumed run is stopped in the same evaluation; the one before the first step is not its.
-    for more, bars in (([], 2), (["--resume_from_checkpoint=latest"], 1)):
-        (process,) = scripts.start("train.py", *words, *more, cwd=tmp_path)
-        deadline = time.monotonic() + 60
-        while scripts.files["stderr"].read_text(errors="replace").count("Evaluating:   0%") < bars:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    for more, number in (([], 2), (["--resume_from_checkpoint=latest"], 1)):
+        (process,) = scripts.start(str(tmp_path / "telling.py"), *words, *more, cwd=tmp_path)
+        wait_for_evaluation(scripts, number)
         os.kill(process, signal.SIGTERM)
         stopped = scripts.finish()
         assert stopped.code == 143, stopped.err
@@ -294,15 +311,13 @@ def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, 
 
 
 def test_a_signal_in_the_evaluation_before_the_first_step(scripts, tmp_path, tiny_model, train_file) -> None:
+    (tmp_path / "telling.py").write_text(TELLING)
     (tmp_path / "many.txt").write_text("\n".join(f"i feel number {n};joy" for n in range(1500)) + "\n")
     words = flags(
         tiny_model, train_file, validation_file=tmp_path / "many.txt", max_steps=2, per_device_eval_batch_size=1
     )
-    (process,) = scripts.start("train.py", *words, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while "Evaluating" not in scripts.files["stderr"].read_text(errors="replace"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    (process,) = scripts.start(str(tmp_path / "telling.py"), *words, cwd=tmp_path)
+    wait_for_evaluation(scripts, 1)
     os.kill(process, signal.SIGINT)
     stopped = scripts.finish()
     assert stopped.code == 130, stopped.err
@@ -310,7 +325,7 @@ def test_a_signal_in_the_evaluation_before_the_first_step(scripts, tmp_path, tin
     assert told == "stopped by SIGINT before the first step, with nothing to save yet; to start, run:"
     assert not list(tmp_path.glob("run/checkpoint-*"))
     python, script, *again = shlex.split(command)
-    assert python == "python"
+    assert Path(shutil.which(python) or "") == Path(sys.executable)
     started = scripts(script, *again, "--max_eval_samples=1", cwd=tmp_path)
     assert started.code == 0, started.err
 
@@ -349,9 +364,6 @@ def test_a_link_as_output_folder(run, tmp_path, tiny_model, train_file) -> None:
 def test_another_file_system(run, tmp_path, tiny_model, train_file) -> None:
     if not os.access("/dev/shm", os.W_OK) or os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:
         pytest.skip("needs a second file system at /dev/shm")
-    import shutil
-    import tempfile
-
     folder = tempfile.mkdtemp(dir="/dev/shm")
     try:
         words = flags(tiny_model, train_file, f"{folder}/run", max_steps=2, save_steps=1)
@@ -380,8 +392,6 @@ class TestStrangers:
         assert (tmp_path / "marker").exists()
 
     def test_a_pickle_as_training_state(self, run, tmp_path, two_checkpoints, tiny_model, train_file) -> None:
-        import shutil
-
         shutil.copytree(two_checkpoints, tmp_path / "run")
         checkpoint = tmp_path / "run/checkpoint-2"
         words = [*flags(tiny_model, train_file, max_steps=2, save_steps=1), "--resume_from_checkpoint=latest"]
@@ -397,8 +407,6 @@ class TestStrangers:
             assert not (tmp_path / "marker").exists()
 
     def test_a_pickle_as_weights(self, run, tmp_path, tiny_model, train_file) -> None:
-        import shutil
-
         shutil.copytree(tiny_model, tmp_path / "model")
         (tmp_path / "model/model.safetensors").unlink()
         torch.save({"x": Malice(tmp_path / "marker")}, tmp_path / "model/pytorch_model.bin")
@@ -414,8 +422,6 @@ class TestStrangers:
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "emoft.json"])
     def test_a_pickle_as_anything_else(self, run, tmp_path, tiny_model, train_file, name: str) -> None:
-        import shutil
-
         shutil.copytree(tiny_model, tmp_path / "model")
         (tmp_path / "model" / name).write_bytes(pickle.dumps(Malice(tmp_path / "marker")))
         result = run("train.py", *flags(tmp_path / "model", train_file, max_steps=1))

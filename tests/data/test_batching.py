@@ -2,9 +2,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-import emoft.data.batching
-from emoft.data.batching import build_loader, epoch_batches, length_sorted_batches, pack, pad
-from emoft.training.loss import IGNORED
+from emoft.data.batching import IGNORED, Batch, build_loader, epoch_batches, length_sorted_batches, pack, pad
+from emoft.training.loss import shift_labels
 
 
 class TestOrder:
@@ -30,9 +29,17 @@ class TestOrder:
 ROWS = [{"input_ids": [5, 6, 0]}, {"input_ids": [8]}, {"input_ids": [9, 0]}]  # 0 is end-of-text, and pad
 
 
-def targets_by_place(batch) -> dict[int, int]:
-    pairs = zip(batch.predicting.tolist(), batch.targets.tolist(), strict=True)
-    return {place: target for place, target in pairs if target != IGNORED}
+def targets_by_place(batch: Batch) -> dict[int, int]:
+    """What each place predicts, once the labels are shifted. No place but those that the batch lists predicts any."""
+    targets = shift_labels(batch.labels).flatten()
+    listed = {place: int(targets[place]) for place in batch.predicting.tolist()}
+    found = {place: target for place, target in listed.items() if target != IGNORED}
+    assert found == {place: target for place, target in enumerate(targets.tolist()) if target != IGNORED}
+    assert batch.predicting.tolist()[: batch.target_tokens] == sorted(found), (
+        "in their order, what fills up behind them"
+    )
+    assert set(batch.predicting.tolist()[batch.target_tokens :]) <= {targets.numel() - 1}, "the last place fills up"
+    return found
 
 
 @pytest.mark.parametrize("collate", [pack, pad])
@@ -45,16 +52,17 @@ def test_what_a_batch_says_of_its_examples(collate) -> None:
         [0, 0, 0, 1, 2, 2, -1, -1] if collate is pack else [0, 0, 0, 1, -1, -1, 2, 2, -1]
     )
     assert (batch.examples, batch.tokens) == (3, 6)
-    assert batch.aligned_share() == 1
+    assert batch.aligned_share(shift_labels(batch.labels)) == 1
 
 
 @pytest.mark.parametrize("collate", [pack, pad])
 @pytest.mark.parametrize("shifts", [0, 2])
-def test_labels_shifted_wrongly_are_seen(collate, shifts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    once = emoft.data.batching.shift_labels
-    monkeypatch.setattr(emoft.data.batching, "shift_labels", lambda x: x if shifts == 0 else once(once(x)))
+def test_labels_shifted_wrongly_are_seen(collate, shifts: int) -> None:
     rows = [{"input_ids": list(range(1, length))} for length in (5, 9, 2, 12)]
-    assert collate(rows, pad_id=0).aligned_share() < 0.1  # the last token may stand for its own next one
+    batch = collate(rows, pad_id=0)
+    assert batch.aligned_share(shift_labels(batch.labels)) == 1
+    wrong = batch.labels if shifts == 0 else shift_labels(shift_labels(batch.labels))
+    assert batch.aligned_share(wrong) < 0.1  # the last token may stand for its own next one
 
 
 class TestPacked:
@@ -74,7 +82,8 @@ class TestPacked:
         assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
         assert batch.inputs["boundaries"].tolist() == [0, 3, 4, 6, 8]
         assert batch.inputs["padded_index"].tolist() == [0, 1, 2, 8, 16, 17, 24, 25]
-        assert batch.inputs["longest"] == len(batch.predicting) == len(batch.targets) == 8
+        assert batch.inputs["longest"] == len(batch.predicting) == batch.labels.numel() == 8
+        assert batch.labels.tolist() == [[IGNORED, 6, 0, IGNORED, IGNORED, 0, IGNORED, IGNORED]]
         assert targets_by_place(batch) == {0: 6, 1: 0, 4: 0}
         assert (batch.examples, batch.tokens, batch.target_tokens) == (3, 6, 3)
 

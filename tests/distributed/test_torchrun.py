@@ -10,7 +10,7 @@ from pathlib import Path
 import hosts
 import pytest
 from conftest import ROOT, WarmScripts, environment
-from test_distributed import assert_same
+from distributed.test_world import assert_same
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from conftest import ROOT, Result, WarmScripts, read_scalars
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_nonfinite import planted
 from test_train import flags, history
+from training.test_nonfinite import planted
 
 from emoft.distributed.world import World
 
@@ -276,7 +276,7 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
         assert wrong.codes == (2, 2)
         assert len(wrong.error_lines) == 1
         missing = run("train.py", *flags(tiny_model, tmp_path / "missing.txt"), ranks=2)
-        assert missing.codes == (2, 1)
+        assert missing.codes == (2, 2)
         assert len(missing.error_lines) == 1
         assert "missing.txt" in missing.error_lines[0]
 

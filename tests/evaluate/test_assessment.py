@@ -5,16 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SENTENCES, Result, WarmScripts
+from conftest import SENTENCES, Result, WarmScripts
 from PIL import Image
 from test_train import flags
 
-# `python -m emoft.evaluate` as a script.
-MODULE = f"""
-import runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-runpy.run_module("emoft.evaluate.scoring", run_name="__main__")
-"""
 EMOTIONS = sorted({label for _, label in SENTENCES})
 
 
@@ -35,11 +29,9 @@ def trained(scripts: WarmScripts, tmp_path_factory, tiny_model, train_file, vali
 
 
 @pytest.fixture
-def evaluate(run: Callable[..., Result], trained: Path, tmp_path: Path) -> Callable[..., Result]:
-    (tmp_path / "evaluate.py").write_text(MODULE)
-
+def evaluate(run: Callable[..., Result], trained: Path) -> Callable[..., Result]:
     def evaluate_with(*words: object) -> Result:
-        return run(str(tmp_path / "evaluate.py"), "--model_name_or_path", trained, "--delimiter=;", *words)
+        return run("-m", "emoft.evaluate", "--model_name_or_path", trained, "--delimiter=;", *words)
 
     return evaluate_with
 
@@ -159,5 +151,6 @@ def test_errors_take_one_line(evaluate, tmp_path, tiny_model, words: list[str], 
     (tmp_path / "bare").symlink_to(tiny_model)
     result = evaluate(*words)
     assert result.code == 2
-    assert len(result.error_lines) == 1, result.err
-    assert all(part in result.err for part in parts), result.err
+    (line,) = result.error_lines
+    assert line.startswith("emoft.evaluate: error: ")
+    assert all(part in line for part in parts), line

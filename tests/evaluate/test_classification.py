@@ -8,14 +8,17 @@ from datasets import Dataset
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.data.batching import pack, pad
+from emoft.data.batching import IGNORED, pack, pad
 from emoft.data.template import TextFormat
 from emoft.distributed.world import World
 from emoft.evaluate.classification import classify, compare, conditioned_rows, label_scores, log_prior
 from emoft.model.attention import use_packed_attention
+from emoft.model.loading import TextModel
+from emoft.training.loss import shift_labels
 from emoft.training.precision import Precision
+from emoft.training.runtime import Runtime
 
-FLOAT32 = Precision("no", torch.device("cpu"))
+RUNTIME = Runtime(World(), Precision("no", torch.device("cpu")))
 LABELS = ["joy", "sadness", "a very long emotion", "ភ័យ"]
 TEXTS = [text for text, _ in SENTENCES] + ["ខ្ញុំ", "i"]
 
@@ -39,7 +42,7 @@ def log_probability(model: GPT2LMHeadModel, ids: list[int], first: int) -> float
 def test_a_score_is_that_of_the_tokens_after_the_label(parts, append_eos: bool, batch_size: int) -> None:
     model, tokenizer = parts
     text_format = TextFormat("{label}: {text}", append_eos, 100, LABELS)
-    scores = label_scores(model, tokenizer, text_format, TEXTS, FLOAT32, World(), batch_size)
+    scores = label_scores(TextModel(model, tokenizer, text_format), TEXTS, RUNTIME, batch_size)
     assert scores.shape == (len(TEXTS), len(LABELS))
     end = [tokenizer.eos_token_id] * append_eos
     for row, text in enumerate(TEXTS):
@@ -53,7 +56,7 @@ def test_a_score_is_that_of_the_tokens_after_the_label(parts, append_eos: bool, 
 def test_a_label_after_the_text_is_scored_itself(parts) -> None:
     model, tokenizer = parts
     text_format = TextFormat("{text} => {label}", True, 100, LABELS)
-    scores = label_scores(model, tokenizer, text_format, TEXTS[:2], FLOAT32, World(), 8)
+    scores = label_scores(TextModel(model, tokenizer, text_format), TEXTS[:2], RUNTIME, 8)
     prefix, rest = tokenizer(f"{TEXTS[1]} =>")["input_ids"], tokenizer(" sadness")["input_ids"]
     expected = log_probability(model, prefix + rest + [tokenizer.eos_token_id], len(prefix))
     assert scores[1, 1] == pytest.approx(expected, rel=1e-5)
@@ -80,7 +83,7 @@ def test_a_label_after_a_long_text_is_scored_whole(parts) -> None:
     assert max(map(len, rows["input_ids"])) == 16
     for ids, first, label in zip(rows["input_ids"], rows["first_target"], LABELS * len(TEXTS), strict=True):
         assert tokenizer.decode(ids[first:]).strip() == f"{label}<|endoftext|>"
-    scores = label_scores(model, tokenizer, text_format, TEXTS, FLOAT32, World(), 8)
+    scores = label_scores(TextModel(model, tokenizer, text_format), TEXTS, RUNTIME, 8)
     ids, first = rows[1]["input_ids"], rows[1]["first_target"]
     assert scores[0, 1] == pytest.approx(log_probability(model, ids, first), rel=1e-5)
 
@@ -98,8 +101,10 @@ def test_a_batch_has_the_targets_that_its_rows_name(collate) -> None:
     rows = [{"input_ids": [1, 2, 3, 4], "first_target": 2}, {"input_ids": [5, 6]}, {"input_ids": [7]}]
     batch = collate(rows, pad_id=0, multiple=8)
     assert batch.target_tokens == 3
-    assert batch.targets[:3].tolist() == [3, 4, 6]
-    assert batch.aligned_share() == 1
+    targets = shift_labels(batch.labels)
+    assert targets.flatten()[batch.predicting].tolist() == [3, 4, 6, *[IGNORED] * 5]
+    assert sorted(targets[targets != IGNORED].tolist()) == [3, 4, 6]
+    assert batch.aligned_share(targets) == 1
 
 
 def test_accuracy_and_f1_are_scikit_learns() -> None:
@@ -123,9 +128,9 @@ def test_a_prior_can_decide(parts) -> None:
     model, tokenizer = parts
     text_format = TextFormat("{label}: {text}", True, 100, ["joy", "anger"])
     rows = Dataset.from_dict({"text": TEXTS, "label": ["joy", "anger"] * 5})
-    plain = classify(model, tokenizer, text_format, rows, FLOAT32, World(), 8)
+    plain = classify(TextModel(model, tokenizer, text_format), rows, RUNTIME, 8)
     assert plain.confusion.sum() == 10
-    sure = classify(model, tokenizer, text_format, rows, FLOAT32, World(), 8, prior=np.array([0.0, -1e9]))
+    sure = classify(TextModel(model, tokenizer, text_format), rows, RUNTIME, 8, prior=np.array([0.0, -1e9]))
     assert sure.confusion[:, 0].tolist() == [5, 5]
     shares = np.exp(log_prior(["joy"] * 7 + ["anger"], text_format))
     assert shares == pytest.approx([0.8, 0.2])
@@ -135,9 +140,9 @@ def test_unknown_labels_are_left_out(parts, capsys: pytest.CaptureFixture[str]) 
     model, tokenizer = parts
     rows = Dataset.from_dict({"text": TEXTS[:3], "label": ["joy", "envy", "joy"]})
     text_format = TextFormat("{label}: {text}", True, 100, ["joy", "anger"])
-    assert classify(model, tokenizer, text_format, rows, FLOAT32, World(), 8).confusion.sum() == 2
+    assert classify(TextModel(model, tokenizer, text_format), rows, RUNTIME, 8).confusion.sum() == 2
     assert "1 texts have labels" in capsys.readouterr().err
-    assert classify(model, tokenizer, text_format, rows.select([1]), FLOAT32, World(), 8) is None
+    assert classify(TextModel(model, tokenizer, text_format), rows.select([1]), RUNTIME, 8) is None
 
 
 def test_with_and_without_what_train_holds_too() -> None:
@@ -152,7 +157,7 @@ def test_with_and_without_what_train_holds_too() -> None:
 def test_the_overlap_is_that_of_the_texts_that_are_classified(parts) -> None:
     rows = Dataset.from_dict({"text": TEXTS[:3], "label": ["envy", "joy", "joy"], "in_train": [True, True, False]})
     text_format = TextFormat("{label}: {text}", True, 100, ["joy", "anger"])
-    figures = classify(*parts, text_format, rows, FLOAT32, World(), 8).figures()
+    figures = classify(TextModel(*parts, text_format), rows, RUNTIME, 8).figures()
     assert (figures["classified"], figures["classified_without_overlap"]) == (2, 1)
 
 
@@ -160,13 +165,13 @@ def test_what_is_not_classified_says_why(parts, capsys: pytest.CaptureFixture[st
     model, tokenizer = parts
     rows = Dataset.from_dict({"text": TEXTS[:1], "label": ["joy"]})
     many = TextFormat("{label}: {text}", True, 100, ["joy", *map(str, range(100))])
-    assert classify(model, tokenizer, many, rows, FLOAT32, World(), 8) is None
+    assert classify(TextModel(model, tokenizer, many), rows, RUNTIME, 8) is None
     assert "101 labels" in capsys.readouterr().err
     broken = GPT2LMHeadModel(model.config).eval()
     use_packed_attention(broken)
     broken.transformer.ln_f.weight.data[0] = np.nan
     text_format = TextFormat("{label}: {text}", True, 100, ["joy", "anger"])
-    assert classify(broken, tokenizer, text_format, rows, FLOAT32, World(), 8) is None
+    assert classify(TextModel(broken, tokenizer, text_format), rows, RUNTIME, 8) is None
     assert "NaN" in capsys.readouterr().err
 
 

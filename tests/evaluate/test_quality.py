@@ -7,6 +7,7 @@ from conftest import SENTENCES
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.data.template import TextFormat
+from emoft.distributed.world import World
 from emoft.evaluate.quality import (
     IndependentClassifier,
     TrainingTexts,
@@ -18,9 +19,11 @@ from emoft.evaluate.quality import (
 )
 from emoft.model.attention import use_packed_attention
 from emoft.model.generation import Generated
+from emoft.model.loading import TextModel
 from emoft.training.precision import Precision
+from emoft.training.runtime import Runtime
 
-FLOAT32 = Precision("no", torch.device("cpu"))
+RUNTIME = Runtime(World(), Precision("no", torch.device("cpu")))
 TRAIN = ["I walked along the river until the sun went down, alone.", "we laughed"]
 
 
@@ -82,7 +85,7 @@ def test_figures_of_known_texts(parts) -> None:
         ],
     }
     independent = IndependentClassifier(texts, labels)
-    table = assess(*parts, text_format, samples, FLOAT32, 4, TrainingTexts(texts), independent)
+    table = assess(TextModel(*parts, text_format), samples, RUNTIME, 4, TrainingTexts(texts), independent)
     assert (table["joy"]["recognized_by_tfidf"], table["fear"]["recognized_by_tfidf"]) == (1, 0.5)
     assert [table[name]["ended"] for name in ("joy", "fear", "all")] == [1, 0.5, 0.75]
     assert [table[name]["copied"] for name in ("joy", "fear", "all")] == [0.5, 0, 0.25]
@@ -95,12 +98,12 @@ def test_figures_of_known_texts(parts) -> None:
 
 
 def test_samples_are_of_the_emotion_asked_for(parts) -> None:
-    text_format = TextFormat("{label}: {text}", max_length=30, labels=["fear", "joy"])
-    samples = sample(*parts, text_format, 3, "no", 4, seed=1)
+    text_model = TextModel(*parts, TextFormat("{label}: {text}", max_length=30, labels=["fear", "joy"]))
+    samples = sample(text_model, 3, "no", 4, seed=1)
     assert {label: len(texts) for label, texts in samples.items()} == {"fear": 3, "joy": 3}
     assert all(text.text.startswith(f"{label}:") for label, texts in samples.items() for text in texts)
-    assert sample(*parts, text_format, 3, "no", 4, seed=1) == samples
-    assert sample(*parts, text_format, 3, "no", 4, seed=2) != samples
+    assert sample(text_model, 3, "no", 4, seed=1) == samples
+    assert sample(text_model, 3, "no", 4, seed=2) != samples
 
 
 def test_the_text_is_taken_out_of_the_template() -> None:

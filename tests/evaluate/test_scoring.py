@@ -13,11 +13,13 @@ from emoft.data.tokens import byte_lengths, encode
 from emoft.distributed.world import World
 from emoft.evaluate.scoring import Evaluation, Scores, evaluate, format_figures, score_examples, summarize
 from emoft.model.attention import use_packed_attention
-from emoft.model.loading import fresh_model, train_tokenizer
+from emoft.model.loading import TextModel, fresh_model, train_tokenizer
 from emoft.training.precision import Precision
+from emoft.training.runtime import Runtime
 
 CPU = torch.device("cpu")
-FLOAT32 = Precision("no", CPU)
+RUNTIME = Runtime(World(), Precision("no", CPU))
+FORMAT = TextFormat("{text}", max_length=24)
 
 
 def loader_of(tokenizer: GPT2Tokenizer, rows: list[list[int]], batch_size: int = 3, batching: str = "packed"):
@@ -35,7 +37,7 @@ def parts(tiny_model) -> tuple[GPT2LMHeadModel, GPT2Tokenizer, torch.Tensor, lis
         model,
         tokenizer,
         byte_lengths(tokenizer, model.config.vocab_size),
-        encode(tokenizer, texts, TextFormat("{text}", max_length=24)),
+        encode(tokenizer, texts, FORMAT),
     )
 
 
@@ -46,7 +48,7 @@ def test_equals_a_sum_over_examples_in_float64(parts, batch_size: int, batching:
     model, tokenizer, lengths, rows = parts
     model.train()
     data = Dataset.from_dict({"input_ids": rows})
-    result = evaluate(model, tokenizer, data, FLOAT32, World(), batch_size, batching)
+    result = evaluate(TextModel(model, tokenizer, FORMAT), data, RUNTIME, batch_size, batching)
     assert model.training, "it is left as it was"
     total, tokens = 0.0, 0
     model.eval()
@@ -64,7 +66,7 @@ def test_equals_a_sum_over_examples_in_float64(parts, batch_size: int, batching:
 
 def result_scores(parts) -> Scores:
     model, tokenizer, lengths, rows = parts
-    scores = score_examples(model, loader_of(tokenizer, rows), FLOAT32, World(), lengths)
+    scores = score_examples(model, loader_of(tokenizer, rows), RUNTIME, lengths)
     assert scores is not None
     return scores
 
@@ -72,9 +74,9 @@ def result_scores(parts) -> Scores:
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 def test_scores_stand_in_the_order_of_the_data(parts, batching: str) -> None:
     model, tokenizer, lengths, rows = parts
-    together = score_examples(model, loader_of(tokenizer, rows, 4, batching), FLOAT32, World(), lengths)
+    together = score_examples(model, loader_of(tokenizer, rows, 4, batching), RUNTIME, lengths)
     for number, row in enumerate(rows):
-        alone = score_examples(model, loader_of(tokenizer, [row]), FLOAT32, World(), lengths)
+        alone = score_examples(model, loader_of(tokenizer, [row]), RUNTIME, lengths)
         assert together.nats[number] == pytest.approx(alone.nats[0], rel=1e-6)
         assert (together.tokens[number], together.text_bytes[number]) == (alone.tokens[0], alone.text_bytes[0])
 
@@ -85,9 +87,7 @@ def test_the_scores_of_parts_add_up(parts) -> None:
     batches = length_sorted_batches(data, 3)
     whole = result_scores(parts)
     shares = [
-        score_examples(
-            model, build_loader(data, part, tokenizer.eos_token_id, CPU, "packed"), FLOAT32, World(), lengths
-        )
+        score_examples(model, build_loader(data, part, tokenizer.eos_token_id, CPU, "packed"), RUNTIME, lengths)
         for part in (batches[::2], batches[1::2], [])
     ]
     for name in ("nats", "tokens", "text_bytes"):
@@ -99,15 +99,16 @@ def test_bits_per_byte_of_a_text_of_three_bytes_by_hand() -> None:
     tokenizer = train_tokenizer(["any"], 257)
     torch.manual_seed(0)
     model = fresh_model("n_layer=1,n_embd=8,n_head=1,n_positions=8", tokenizer).eval()
-    (row,) = encode(tokenizer, ["ខ"], TextFormat("{text}"))
+    text_model = TextModel(model, tokenizer, TextFormat("{text}"))
+    (row,) = encode(tokenizer, ["ខ"], text_model.text_format)
     assert len("ខ".encode()) == 3 and len(row) == 4
     with torch.no_grad():
         logits = model(torch.tensor([row])).logits[0].double()
     nats = [torch.logsumexp(logits[place], 0) - logits[place, row[place + 1]] for place in range(3)]
-    result = evaluate(model, tokenizer, Dataset.from_dict({"input_ids": [row]}), FLOAT32, World(), 1)
+    result = evaluate(text_model, Dataset.from_dict({"input_ids": [row]}), RUNTIME, 1)
     assert result.text_bytes == 2
     assert result.bits_per_byte == pytest.approx(float(sum(nats)) / math.log(2) / 2, rel=1e-6)
-    unfinished = evaluate(model, tokenizer, Dataset.from_dict({"input_ids": [row[:3]]}), FLOAT32, World(), 1)
+    unfinished = evaluate(text_model, Dataset.from_dict({"input_ids": [row[:3]]}), RUNTIME, 1)
     assert unfinished.bits_per_byte == pytest.approx(float(sum(nats[:2])) / math.log(2) / 2, rel=1e-6)
 
 

@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT, Result, WarmScripts
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.gradients.diagnosis import Curve, depth_trend, diagnose
+from emoft.gradients.curves import Curve
+from emoft.gradients.diagnosis import depth_trend, diagnose
 
 LEARNING_RATE = 3e-3
 
@@ -63,14 +64,10 @@ def diagnosis_of(scripts: WarmScripts, fresh: Path, tmp_path: Path) -> Callable[
         }
         trained: Result = scripts(str(script), *(f"--{name}={value}" for name, value in values.items()), cwd=tmp_path)
         assert trained.code in (0, 2), trained.err
-        script.write_text(
-            f"import sys, runpy\nsys.path.insert(0, {str(ROOT)!r})\n"
-            "runpy.run_module('emoft.gradients.monitor', run_name='__main__')"
-        )
-        found = scripts(str(script), tmp_path / "gpt2-emotion-finetuned", "--json", cwd=tmp_path)
+        found = scripts("-m", "emoft.gradients", tmp_path / "gpt2-emotion-finetuned", "--json", cwd=tmp_path)
         assert found.code == 0, found.err
         findings = json.loads(found.out)["findings"]
-        printed = scripts(str(script), tmp_path / "gpt2-emotion-finetuned", cwd=tmp_path)
+        printed = scripts("-m", "emoft.gradients", tmp_path / "gpt2-emotion-finetuned", cwd=tmp_path)
         assert printed.code == 0
         assert all(finding["text"] in printed.out and finding["tag"] in printed.out for finding in findings)
         assert ("nothing is wrong" in printed.out) == (not findings)
@@ -81,7 +78,7 @@ def diagnosis_of(scripts: WarmScripts, fresh: Path, tmp_path: Path) -> Callable[
 
 def diagnose_run(folder: Path, *flags: str) -> Result:
     done = subprocess.run(
-        [sys.executable, "-m", "emoft.gradients.monitor", str(folder), *flags],
+        [sys.executable, "-m", "emoft.gradients", str(folder), *flags],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -148,8 +145,8 @@ class TestPlantedFaults:
 
     def test_labels_shifted_by_one_too_many(self, diagnosis_of) -> None:
         plant = (
-            "import emoft.data.batching\nonce = emoft.data.batching.shift_labels\n"
-            "emoft.data.batching.shift_labels = lambda labels: once(once(labels))"
+            "import emoft.training.loss\nonce = emoft.training.loss.shift_labels\n"
+            "emoft.training.loss.shift_labels = lambda labels: once(once(labels))"
         )
         found = diagnosis_of(plant=plant)
         assert set(found) == {"labels_misaligned"}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from emoft.config import TrainConfig
 from emoft.data.batching import Batch, pack, pad
+from emoft.data.steps import Step
 from emoft.distributed.world import World
-from emoft.gradients.monitor import BINS, KINDS, NO_UPDATE, Figures, GradientMonitor, group_parameters, histogram
+from emoft.gradients.monitor import BINS, Figures, GradientMonitor, group_parameters, histogram
+from emoft.gradients.names import KINDS, NO_UPDATE
 from emoft.model.attention import use_packed_attention
-from emoft.training.loss import cross_entropy
-from emoft.training.optimizer import build_optimizer, clip_gradients
+from emoft.training.loss import cross_entropy, shift_labels
+from emoft.training.optimizer import build_optimizer, clip_in_next_step
 
 TEXTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 1, 1, 2, 3, 4, 5, 6], [3], [2, 11, 12], [5, 4, 3, 2, 1, 0]]
-SETTINGS = TrainConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.7)
+SETTINGS = TrainConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.7, log_gradients_every=2)
 
 
 def model_of(seed: int = 0) -> GPT2LMHeadModel:
@@ -48,23 +51,27 @@ def measured_step(batches: list[Batch], scale: float) -> tuple[Figures, GPT2LMHe
     model = model_of()
     use_packed_attention(model)
     optimizer = build_optimizer(model, SETTINGS)
-    monitor = GradientMonitor(model, optimizer, every=2, world=World())
+    monitor = GradientMonitor(model, optimizer, SETTINGS, World())
     scaler = GradScaler("cpu", init_scale=scale, enabled=scale != 1)
-    tokens = sum(batch.target_tokens for batch in batches)
+    lengths = np.array([length for batch in batches for length in batch.lengths])
     figures = None
-    for step in (1, 2):
-        monitor.begin_step(step, batches, scaler.get_scale())
-        for batch in batches:
-            hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-            loss = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets).sum() / tokens
-            scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        clip_gradients(optimizer, SETTINGS.max_grad_norm)
-        monitor.before_update()
-        scaler.step(optimizer)
-        scaler.update()
-        figures = monitor.after_update()
-        assert (figures is not None) == (step == 2)
+    for number in (1, 2):
+        step = Step(number, list(range(len(lengths))), lengths, batches, loss_scale=scaler.get_scale())
+        with monitor.watching(step):
+            for batch in batches:
+                hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
+                targets = shift_labels(batch.labels)
+                loss = cross_entropy(hidden, model.lm_head.weight, targets, batch.predicting).sum() / step.tokens
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            clip_in_next_step(optimizer, SETTINGS.max_grad_norm)
+            monitor.measure_gradients()
+            scaler.step(optimizer)
+            scaler.update()
+        figures = monitor.take_figures()
+        assert (figures is not None) == (number == 2)
+        assert monitor.take_figures() is None, "taken once"
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         optimizer.zero_grad()
     return figures, model
 
@@ -244,13 +251,14 @@ def test_a_count_above_what_float32_holds() -> None:
 
 def test_steps_that_are_not_measured_leave_no_hook() -> None:
     model = model_of()
-    monitor = GradientMonitor(model, build_optimizer(model, SETTINGS), every=3, world=World())
+    config = replace(SETTINGS, log_gradients_every=3)
+    monitor = GradientMonitor(model, build_optimizer(model, config), config, World())
     batch = pack([{"input_ids": TEXTS[0]}], pad_id=0)
     hooks = {}
-    for step in (1, 2, 3, 4):
-        monitor.begin_step(step, [batch], 1.0)
-        hooks[step] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-        monitor.before_update()
+    for number in (1, 2, 3, 4):
+        with monitor.watching(Step(number, [0], np.array(batch.lengths), [batch])):
+            hooks[number] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+            # Refused here: its gradients are never measured.
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert hooks == {1: 0, 2: 0, 3: 6, 4: 0}
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from emoft.data.batching import Batch, pack, pad
+from emoft.data.batching import IGNORED, Batch, pack, pad
 from emoft.model.attention import choose_kernel, use_packed_attention
 from emoft.model.kernels import use_fast_kernels
-from emoft.training.loss import cross_entropy
+from emoft.training.loss import cross_entropy, shift_labels
 
 VOCABULARY = 97
 LONGEST = 24
@@ -45,7 +45,7 @@ def texts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
 
 def summed_loss(model: GPT2LMHeadModel, batch: Batch) -> Tensor:
     hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-    return cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets).sum()
+    return cross_entropy(hidden, model.lm_head.weight, shift_labels(batch.labels), batch.predicting).sum()
 
 
 def loss_and_gradients(model: GPT2LMHeadModel, batches: list[Batch], **autocast: object) -> tuple[Tensor, list[Tensor]]:
@@ -126,9 +126,10 @@ class TestNeighbours:
             start, end = boundaries[number : number + 2]
             embeddings = model.transformer.wte(ids).detach().requires_grad_()
             hidden = model.transformer(inputs_embeds=embeddings, **batch.inputs, use_cache=False).last_hidden_state
-            mine = (batch.predicting >= start) & (batch.predicting < end)
-            targets = torch.where(mine, batch.targets, -100)
-            cross_entropy(hidden, model.lm_head.weight, batch.predicting, targets).sum().backward()
+            places = torch.arange(ids.numel())
+            mine = (places >= start) & (places < end)
+            targets = torch.where(mine, shift_labels(batch.labels), IGNORED)
+            cross_entropy(hidden, model.lm_head.weight, targets, batch.predicting).sum().backward()
             reached = embeddings.grad[0].abs().sum(dim=1)
             others = torch.cat([reached[:start], reached[end:]])
             assert (others == 0).all()

@@ -16,6 +16,7 @@ from emoft.model.generation import (
     generate_batch,
     sample_texts,
 )
+from emoft.model.loading import TextModel
 from emoft.training.precision import Precision, choose_precision
 
 CPU = torch.device("cpu")
@@ -92,13 +93,13 @@ def test_a_training_is_left_as_it_was(parts: tuple) -> None:
     model.train()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    text_format = TextFormat("{label}: {text}", max_length=20, labels=["joy", "fear"])
-    texts = sample_texts(model, tokenizer, text_format, seed=1)
+    text_model = TextModel(model, tokenizer, TextFormat("{label}: {text}", max_length=20, labels=["joy", "fear"]))
+    texts = sample_texts(text_model, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
-    assert [text.split(":")[0] for text in texts] == ["joy", "fear"]
-    assert texts == sample_texts(model, tokenizer, text_format, seed=1)
-    assert texts != sample_texts(model, tokenizer, text_format, seed=2)
+    assert list(texts) == [text.split(":")[0] for text in texts.values()] == ["joy", "fear"]
+    assert texts == sample_texts(text_model, seed=1)
+    assert texts != sample_texts(text_model, seed=2)
     model.eval()
 
 

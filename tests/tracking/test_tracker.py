@@ -9,11 +9,13 @@ from transformers import GPT2Config
 
 from emoft.config import TrainConfig
 from emoft.data.batching import Batch, pack
+from emoft.data.steps import Step
 from emoft.distributed.world import World
 from emoft.evaluate.scoring import Evaluation
 from emoft.files import write_json
 from emoft.tracking.run_state import RunState
 from emoft.tracking.tracker import Tracker
+from emoft.training.loss import shift_labels
 
 CPU = torch.device("cpu")
 NORM = torch.tensor(0.5)  # of a gradient, too small to be clipped
@@ -32,7 +34,9 @@ def batch_of(targets: int, examples: int) -> Batch:
 
 def count_step(tracker: Tracker, loss: torch.Tensor, norm: torch.Tensor, *batches: Batch, skipped=False) -> None:
     lengths = np.array([length for batch in batches for length in batch.lengths])
-    tracker.count_step(loss, norm, lengths, list(batches), skipped)
+    step = Step(tracker.run.step + 1, list(range(len(lengths))), lengths, list(batches))
+    step.targets = [shift_labels(batch.labels) for batch in batches]
+    tracker.count_step(step, loss, norm, skipped)
 
 
 def evaluation_of(loss: float) -> Evaluation:

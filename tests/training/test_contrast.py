@@ -17,7 +17,7 @@ from emoft.data.tokens import encode
 from emoft.errors import UserError
 from emoft.model.attention import use_packed_attention
 from emoft.training.contrast import WrongLabels, label_contrast
-from emoft.training.loss import cross_entropy
+from emoft.training.loss import cross_entropy, shift_labels
 
 LABELS = ["anger", "fear", "joy", "love", "sadness", "surprise"]
 FORMAT = TextFormat("{label}: {text}", True, 64, LABELS)
@@ -99,8 +99,13 @@ def test_losses_and_gradients_are_the_formulas(still_model, tokenizer, lay_out, 
     batch = replace(lay_out(together, pad_id=0, multiple=8), rivals=len(together) - len(rows))
     assert batch.examples == len(rows)
     hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-    losses = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets)
-    found = label_contrast(losses, batch)
+    losses = cross_entropy(hidden, model.lm_head.weight, shift_labels(batch.labels), batch.predicting)
+    of_texts, contrast = label_contrast(losses, batch)
+    assert of_texts.shape == losses.shape
+    is_text = of_texts != 0
+    assert torch.equal(of_texts[is_text], losses[is_text]), "the losses of the texts as they are, and those of rivals 0"
+    assert is_text.sum() == sum(len(row["input_ids"]) - 1 for row in rows)
+    found = of_texts.sum(), contrast
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
     (found[0] + 0.3 * found[1]).backward()
     for name, parameter in model.named_parameters():

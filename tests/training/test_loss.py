@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from conftest import SENTENCES
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
-from emoft.data.batching import pack, pad
+from emoft.data.batching import IGNORED, pack, pad
 from emoft.data.template import TextFormat
 from emoft.data.tokens import encode
-from emoft.training.loss import IGNORED, cross_entropy, shift_labels
+from emoft.training.loss import cross_entropy, shift_labels
 
 X = IGNORED
 
@@ -29,37 +29,44 @@ def test_equals_the_models_own_loss(model, tiny_model, collate) -> None:
     rows = encode(tokenizer, [text for text, _ in SENTENCES], TextFormat("{text}", max_length=100))
     for group in (rows[:1], rows[:3], rows):
         batch = collate([{"input_ids": row} for row in group], tokenizer.eos_token_id)
-        assert (batch.targets == tokenizer.eos_token_id).sum() == len(group), "each end of text is a target, once"
+        targets = shift_labels(batch.labels)
+        ends = targets.flatten()[batch.predicting] == tokenizer.eos_token_id
+        assert ends.sum() == (targets == tokenizer.eos_token_id).sum() == len(group), "each end is a target, once"
         with torch.no_grad():
             expected = sum(model(torch.tensor([r]), labels=torch.tensor([r])).loss * (len(r) - 1) for r in group)
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
-            ours = cross_entropy(hidden, model.lm_head.weight, batch.predicting, batch.targets).sum()
+            ours = cross_entropy(hidden, model.lm_head.weight, targets, batch.predicting).sum()
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
 
 
 def values(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, a head of more rows than one part of its gradient, places and targets, two of them ignored."""
+    """Hidden states, a head of more rows than one part of its gradient, targets, and the places that predict.
+
+    Two targets are ignored: the first, and the last, which fills up; a place may be listed more than once.
+    """
     torch.manual_seed(0)
     hidden = torch.randn(2, rows, 6, dtype=dtype, requires_grad=True)
     head = torch.randn(9000, 6, dtype=dtype, requires_grad=True)
-    predicting = torch.randperm(2 * rows)
-    targets = torch.randint(9000, (2 * rows,))
-    predicting[:2], targets[:2] = 0, IGNORED
-    return hidden, head, predicting, targets
+    targets = torch.randint(9000, (2, rows))
+    targets[0, 0] = targets[-1, -1] = IGNORED
+    last = 2 * rows - 1
+    predicting = torch.cat([torch.randperm(2 * rows), torch.tensor([1, last, last])])
+    return hidden, head, targets, predicting
 
 
-def reference(hidden, head, predicting, targets) -> torch.Tensor:
+def reference(hidden, head, targets, predicting) -> torch.Tensor:
     logits = F.linear(hidden.flatten(0, 1)[predicting], head)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float)), targets, reduction="none")
+    logits, targets = logits.to(torch.promote_types(logits.dtype, torch.float)), targets.flatten()[predicting]
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
 
-@pytest.mark.parametrize("rows", [2, 300])  # of 600, float32 logits are made for 233 at a time
+@pytest.mark.parametrize("rows", [2, 300])  # of 603, float32 logits are made for 233 at a time
 def test_loss_and_gradients_are_those_of_head_and_cross_entropy(rows: int) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         results = []
         for function in (cross_entropy, reference):
-            hidden, head, predicting, targets = values(rows, dtype)
-            loss = function(hidden, head, predicting, targets)
+            hidden, head, targets, predicting = values(rows, dtype)
+            loss = function(hidden, head, targets, predicting)
             (loss @ torch.linspace(0.1, 1, len(loss), dtype=dtype)).backward()
             results.append((loss.detach(), hidden.grad, head.grad))
         for ours, expected in zip(*results, strict=True):
@@ -71,9 +78,9 @@ def test_loss_and_gradients_are_those_of_head_and_cross_entropy(rows: int) -> No
 def test_under_autocast_the_head_works_in_half_precision_and_the_loss_in_float32(dtype: torch.dtype) -> None:
     results = []
     for function in (cross_entropy, reference):
-        hidden, head, predicting, targets = values(50, torch.float32)
+        hidden, head, targets, predicting = values(50, torch.float32)
         with torch.autocast("cpu", dtype=dtype):
-            loss = function(hidden, head, predicting, targets)
+            loss = function(hidden, head, targets, predicting)
         assert loss.dtype == torch.float32
         (loss.sum() * 1024).backward()  # the loss scale comes before the backward, where small gradients would vanish
         results.append((loss.detach(), hidden.grad, head.grad))
@@ -86,7 +93,7 @@ def test_under_autocast_the_head_works_in_half_precision_and_the_loss_in_float32
 def test_no_target_gives_zero_and_not_nan() -> None:
     for count in (0, 3):
         hidden, head = torch.randn(1, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-        targets = torch.full((count,), IGNORED)
-        loss = cross_entropy(hidden, head, torch.zeros(count, dtype=torch.int64), targets).sum()
+        targets = torch.full((1, 3), IGNORED)
+        loss = cross_entropy(hidden, head, targets, torch.full((count,), 2)).sum()
         loss.backward()
         assert loss.item() == hidden.grad.abs().sum() == head.grad.abs().sum() == 0

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Result, read_scalars
@@ -15,23 +16,39 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.config import TrainConfig
 from emoft.data.batching import pack
+from emoft.data.steps import Step
 from emoft.distributed.world import World
 from emoft.model.attention import use_packed_attention
-from emoft.training.nonfinite import NonFiniteGuard, Step, trace
-from emoft.training.optimizer import build_optimizer, clip_gradients
+from emoft.training.loss import cross_entropy, shift_labels
+from emoft.training.nonfinite import Fault, NonFiniteGuard
+from emoft.training.optimizer import build_optimizer, clip_in_next_step
 from emoft.training.precision import Precision
-from emoft.training.randomness import random_state
+from emoft.training.runtime import Runtime
 
 CPU = torch.device("cpu")
 FP32 = Precision("no", CPU)
+ALONE = Runtime(World(), FP32)
 TEXTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10, 11]]
 
 
-@pytest.mark.parametrize(("value", "skips"), [(1.0, False), (math.inf, True), (math.nan, True)])
+def step_of(number: int, texts: list[list[list[int]]] = ()) -> Step:
+    """A step of one micro-batch for each list of texts."""
+    batches = [pack([{"input_ids": text} for text in part], pad_id=0, multiple=8) for part in texts]
+    lengths = np.array([len(text) for part in texts for text in part], dtype=np.int64)
+    return Step(number, list(range(len(lengths))), lengths, batches)
+
+
+def guard_of(model: nn.Module, runtime: Runtime = ALONE) -> NonFiniteGuard:
+    return NonFiniteGuard(model, build_optimizer(model, TrainConfig(weight_decay=0.1)), runtime, "stop")
+
+
+@pytest.mark.parametrize(("value", "is_refused"), [(1.0, False), (math.inf, True), (math.nan, True)])
 @pytest.mark.parametrize("place", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(place: str, value: float, skips: bool) -> None:
+@pytest.mark.parametrize("looks", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing(place: str, value: float, is_refused: bool, looks: bool) -> None:
     model = nn.Linear(3, 1)
-    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.1))
+    guard = guard_of(model)
+    optimizer, guard.looks_always = guard.optimizer, False
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()  # so that there are moments to spoil
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -39,54 +56,70 @@ def test_a_step_that_is_not_finite_changes_nothing(place: str, value: float, ski
     loss = torch.tensor(value if place == "loss" else 1.0)
     if place == "gradient":
         model.weight.grad[0, 0] = value
-    guard = NonFiniteGuard(optimizer, FP32, "stop")
-    guard.begin_step(7, [], 3)
-    guard.refuse(loss, clip_gradients(optimizer, 1.0))
-    optimizer.step()
+    step = step_of(7)
+    guard.begin_step(step)
+    found = guard.refuses(step, loss, clip_in_next_step(optimizer, 1.0), looks)
+    assert found == (is_refused and looks)
+    assert (guard.bad_step is step) == found
+    assert all(parameter.grad is None for parameter in model.parameters()) == found
+    if not found:
+        optimizer.step()
     after = list(model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == skips
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == is_refused
     now = [state["exp_avg"] for state in optimizer.state.values()]
-    assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True)) == skips
-    fault = guard.look()
-    assert (fault is not None and fault.number == 7) == skips
-    assert guard.look() is None, "told once"
+    assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True)) == is_refused
 
 
 def test_where_nobody_looks_at_every_step_nothing_is_updated_until_somebody_does() -> None:
     model = nn.Linear(3, 1)
-    optimizer = build_optimizer(model, TrainConfig())
-    guard = NonFiniteGuard(optimizer, FP32, "stop")
-    states = []
-    for step, loss in enumerate([1.0, math.nan, 1.0, 1.0], start=1):
+    guard = guard_of(model)
+    guard.looks_always = False
+    states, refused = [], []
+    for number, loss in enumerate([1.0, math.nan, 1.0, 1.0], start=1):
         model(torch.ones(1, 3)).sum().backward()
-        guard.begin_step(step, [], 3)
-        guard.refuse(torch.tensor(loss), clip_gradients(optimizer, 1.0))
-        optimizer.step()
-        optimizer.zero_grad()
+        step = step_of(number)
+        guard.begin_step(step)
+        norm = clip_in_next_step(guard.optimizer, 1.0)
+        refused.append(guard.refuses(step, torch.tensor(loss), norm, looks=number == 4))
+        if not refused[-1]:
+            guard.optimizer.step()
+        guard.optimizer.zero_grad()
         states.append(model.weight.detach().clone())
     assert torch.equal(states[0], states[1])
     assert torch.equal(states[1], states[3])
-    fault = guard.look()
-    assert fault is not None
-    assert fault.number == 2
+    assert refused == [False, False, False, True]
+    assert guard.bad_step.number == 2, "the first of them is the one to be repeated"
 
 
 def test_an_overflow_of_fp16_is_no_fault_until_no_scale_can_help() -> None:
     model = nn.Linear(1, 1)
     precision = Precision("fp16", CPU)
-    guard = NonFiniteGuard(build_optimizer(model, TrainConfig()), precision, "stop")
-    assert guard.looks_always
+    runtime = Runtime(World(), precision)
+    assert guard_of(model, runtime).looks_always
 
     def is_fault(loss: float, norm: float, scale: float) -> bool:
         precision.scaler.load_state_dict({**precision.scaler.state_dict(), "scale": scale})
-        guard.begin_step(1, [], 3)
-        guard.refuse(torch.tensor(loss), torch.tensor(norm))
-        return guard.look() is not None
+        precision.scaler.scale(torch.zeros(()))  # as the loop has done with its loss
+        guard, step = guard_of(model, runtime), step_of(1)
+        guard.begin_step(step)
+        is_refused = guard.refuses(step, torch.tensor(loss), torch.tensor(norm), looks=False)
+        assert precision.scaler.get_scale() == scale, "a step that is refused does not move the scale"
+        return is_refused
 
     assert not is_fault(1.0, math.inf, 65536.0)
     assert is_fault(math.nan, math.nan, 65536.0)
     assert is_fault(1.0, math.inf, 0.5)
     assert not is_fault(1.0, 1.0, 0.5)
+
+
+def test_another_optimizer_would_not_leave_out_the_step() -> None:
+    model = nn.Linear(1, 1)
+    guard = NonFiniteGuard(model, torch.optim.AdamW(model.parameters()), Runtime(World(), FP32), "stop")
+    guard.looks_always = False  # as on a GPU
+    step = step_of(1)
+    guard.begin_step(step)
+    with pytest.raises(TypeError, match="AdamW does not skip a step by itself"):
+        guard.refuses(step, torch.tensor(1.0), torch.tensor(1.0), looks=False)
 
 
 class TestTrace:
@@ -96,21 +129,45 @@ class TestTrace:
         use_packed_attention(model)
         return model.train()
 
-    def trace(self, model: GPT2LMHeadModel):
-        batches = [pack([{"input_ids": text}], pad_id=0, multiple=8) for text in TEXTS[:1]]
-        batches += [pack([{"input_ids": text} for text in TEXTS[1:]], pad_id=0, multiple=8)]
-        step = Step(3, batches, sum(batch.target_tokens for batch in batches), random_state(CPU))
+    def compute(self, model: GPT2LMHeadModel, step: Step) -> torch.Tensor:
+        """What the loop of train.py does with a step, up to its loss."""
+        step_loss = torch.zeros(())
+        for batch in step.micro_batches:
+            hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state
+            targets = shift_labels(batch.labels)
+            loss = cross_entropy(hidden, model.lm_head.weight, targets, batch.predicting).sum() / step.tokens
+            loss.backward()
+            step_loss += loss.detach()
+        return step_loss
+
+    def repeat(self, model: GPT2LMHeadModel, step: Step) -> Fault:
+        """Compute a step, and once more if it is refused, as `Run.steps` does."""
+        guard = guard_of(model)
+        guard.begin_step(step)
+        loss = self.compute(model, step)
+        if not guard.refuses(step, loss, torch.tensor(math.nan), looks=True):
+            raise AssertionError("a norm that is not finite is refused")
+        drawn = torch.get_rng_state()
+        with guard.repeating() as bad_step:
+            assert bad_step is step
+            assert torch.equal(torch.get_rng_state(), step.random_state[0]), "it begins as it began before"
+            again = self.compute(model, bad_step)
+            assert guard.refuses(bad_step, again, torch.tensor(math.nan), looks=True)
+        assert torch.equal(drawn, torch.get_rng_state())
+        assert again.isnan() or torch.equal(loss, again)
+        assert guard.fault is not None
+        assert guard.bad_step is None
+        return guard.fault
+
+    def trace(self, model: GPT2LMHeadModel) -> Fault:
         weights = [parameter.detach().clone() for parameter in model.parameters()]
-        torch.manual_seed(99)
-        now = torch.get_rng_state()
-        fault = trace(step, model, FP32, World())
-        assert torch.equal(now, torch.get_rng_state())
+        fault = self.repeat(model, step_of(3, [TEXTS[:1], TEXTS[1:]]))
         assert all(
             torch.equal(a, b.nan_to_num(nan=0)) or a.isnan().any() or a.isinf().any()
             for a, b in zip(weights, model.parameters(), strict=True)
         )
         assert all(parameter.grad is None for parameter in model.parameters())
-        assert not any(module._forward_hooks for module in model.modules())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         assert fault.token_ids == TEXTS
         return fault
 
@@ -144,8 +201,7 @@ class TestTrace:
     def test_the_backward_pass(self, model: GPT2LMHeadModel) -> None:
         """sqrt(0) is 0 and its derivative infinite: added to a module's output, it shows in the backward pass only."""
         plant = model.transformer.h[1].ln_2.register_forward_pre_hook(lambda _, args: (args[0] + (args[0] * 0).sqrt(),))
-        batch = pack([{"input_ids": text} for text in TEXTS], pad_id=0, multiple=8)
-        fault = trace(Step(1, [batch], batch.target_tokens, random_state(CPU)), model, FP32, World())
+        fault = self.repeat(model, step_of(1, [TEXTS]))
         plant.remove()
         assert fault.found == "backward"
         assert fault.module.startswith("transformer.h.1.attn")

@@ -1,13 +1,21 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from emoft.config import TrainConfig
 from emoft.errors import UserError
 from emoft.model.loading import fresh_model, train_tokenizer
-from emoft.training.optimizer import build_optimizer, build_schedule, clip_gradients, count_warmup_steps
+from emoft.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    clip_in_next_step,
+    count_warmup_steps,
+    skip_next_step_if,
+)
 
 
 def rates(total_steps: int, **settings: object) -> list[float]:
@@ -74,7 +82,7 @@ class TestClipping:
         for _ in range(2):
             parameters[0].grad, parameters[1].grad = torch.tensor([[2.0], [3.0]]), torch.tensor([6.0])
             if ours:
-                norm = clip_gradients(optimizer, max_grad_norm)
+                norm = clip_in_next_step(optimizer, max_grad_norm)
                 assert parameters[1].grad.item() == 6, "what is measured before the step is not clipped yet"
             else:
                 norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -91,3 +99,34 @@ class TestClipping:
 
     def test_zero_is_off(self) -> None:
         torch.testing.assert_close(self.step(0, ours=True), self.step(100.0, ours=False))
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda parameters: torch.optim.AdamW(parameters),
+            lambda parameters: torch.optim.AdamW(parameters, foreach=True),
+            lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+            lambda parameters: torch.optim.Adagrad(parameters, fused=True),
+            lambda parameters: torch.optim.AdamW([{"params": parameters, "fused": False}], fused=True),
+        ],
+        ids=["AdamW", "AdamW, foreach", "SGD", "Adagrad, fused", "a group of AdamW that is not fused"],
+    )
+    def test_an_optimizer_that_would_not_clip_is_refused(self, build: Callable[..., Optimizer]) -> None:
+        parameter = nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.ones(2)
+        optimizer = build([parameter])
+        with pytest.raises(TypeError, match="does not clip by itself, only AdamW.*clip_grad_norm_"):
+            clip_in_next_step(optimizer, 1.0)
+        with pytest.raises(TypeError, match="does not skip a step by itself"):
+            skip_next_step_if(optimizer, torch.tensor(True))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_step_can_be_left_out(skips: bool) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = build_optimizer(model, TrainConfig(learning_rate=0.1))
+    before = model.weight.detach().clone()
+    model(torch.ones(2)).backward()
+    skip_next_step_if(optimizer, torch.tensor(skips))
+    optimizer.step()
+    assert torch.equal(before, model.weight) == skips

@@ -24,6 +24,26 @@ def test_auto_is_what_the_processor_computes_in() -> None:
     assert choose_precision(CPU) == Precision("auto", CPU).name == expected
 
 
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_tile": False}, "bf16"),
+        ({"avx512_bf16": False, "amx_tile": True}, "bf16"),
+        ({"avx512_bf16": False, "amx_tile": False, "avx512_f": True}, "no"),
+        ({"neon": True}, "no"),  # another architecture
+    ],
+)
+def test_auto_on_other_processors(monkeypatch: pytest.MonkeyPatch, able: dict[str, bool], expected: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert choose_precision(CPU) == expected
+
+
+def test_the_names_of_what_a_processor_can_do() -> None:
+    able = torch.cpu.get_capabilities()
+    if able["architecture"] == "x86_64":
+        assert {"avx512_bf16", "amx_tile"} <= set(able), "torch gives them other names: auto would find no bf16"
+
+
 def test_use_cpu_wins() -> None:
     assert choose_device(use_cpu=True) == CPU
 

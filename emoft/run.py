@@ -1,0 +1,327 @@
+"""A run around the loop of train.py: when it logs, evaluates, samples, saves and stops.
+
+It touches neither a loss nor a gradient: those are computed and applied in train.py alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+
+from emoft.checkpoints.folder import Saver
+from emoft.checkpoints.manifest import damage
+from emoft.checkpoints.state import TrainingState
+from emoft.config import TrainConfig
+from emoft.data.steps import Step, StepLoader
+from emoft.data.tokens import decode, unigram_entropy
+from emoft.distributed.parallel import load_weights
+from emoft.errors import UserError
+from emoft.evaluate.classification import Classification, classify
+from emoft.evaluate.scoring import Evaluation, evaluate, format_figures
+from emoft.files import fault_file
+from emoft.gradients.monitor import GradientMonitor
+from emoft.hints import generate_command, resume_command
+from emoft.model.generation import sample_texts
+from emoft.model.loading import TextModel, load_model
+from emoft.tracking.run_state import RunState
+from emoft.tracking.throughput import measure_flops
+from emoft.tracking.tracker import Tracker
+from emoft.training.contrast import LabelContrast
+from emoft.training.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, describe, refusal
+from emoft.training.randomness import set_random_state
+from emoft.training.runtime import Runtime
+
+
+class Run:
+    """Gives the loop its steps, and does between two of them what the flags ask for. Open it as a context."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        text_model: TextModel,
+        splits: dict[str, Dataset],
+        loader: StepLoader,
+        training_state: TrainingState,
+        run_state: RunState,
+        monitor: GradientMonitor,
+        label_contrast: LabelContrast,
+    ) -> None:
+        """Prepare a run that goes on from a state.
+
+        Args:
+            config: all flags.
+            runtime: with the signals that stop the run.
+            text_model: what is trained.
+            splits: tokenized; "train" and, where there are any, "validation" and "test".
+            loader: of the train split.
+            training_state: what a checkpoint holds besides the model.
+            run_state: what the run knows about itself, a fresh one or that of a checkpoint.
+            monitor: measures gradients at some steps.
+            label_contrast: of the loss.
+        """
+        assert runtime.signals is not None
+        self.config, self.runtime, self.text_model, self.splits = config, runtime, text_model, splits
+        self.loader, self.training_state, self.monitor = loader, training_state, monitor
+        self.label_contrast, self.state = label_contrast, run_state
+        self.world, self.signals = runtime.world, runtime.signals
+        self.output_dir = Path(config.output_dir)
+        self.guard = NonFiniteGuard(text_model.model, training_state.optimizer, runtime, config.on_nonfinite)
+        self.tracker = Tracker(
+            config,
+            run_state,
+            loader.total_steps,
+            loader.steps_per_epoch,
+            text_model.model.config,
+            unigram_entropy(splits["train"]),
+            measure_flops(runtime.precision),
+            runtime.device,
+            runtime.world,
+        )
+        self.saver = Saver(config, runtime.world, self.output_dir, text_model, self.tracker, training_state)
+        self.is_done = run_state.step >= loader.total_steps  # a resumed run may have only its end to write
+        self.has_stopped_early = False
+        self.save_failed = False
+        self.saved = training_state.restored_from  # the latest checkpoint
+        self._refused: tuple[Tensor, Tensor] | None = None  # loss and gradient norm of a step that was not applied
+
+    def __enter__(self) -> "Run":
+        self._contexts = ExitStack()
+        self._contexts.enter_context(self.signals)
+        self._contexts.enter_context(self.tracker)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._contexts.__exit__(kind, error, trace)
+
+    # ---- Steps ------------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps of the run, from where a resumed one goes on, until it is to stop.
+
+        A step that was not finite comes a second time, to be traced; then the run ends, or goes on without it.
+
+        Raises:
+            UserError: a step was not finite, and the flags do not allow to go on.
+        """
+        self._begin()
+        while not self.is_done:
+            for step in self.loader.after(self.state.step):
+                step.learning_rate = float(self.training_state.schedule.get_last_lr()[0])
+                step.loss_scale = self.runtime.precision.scaler.get_scale()
+                self.guard.begin_step(step)
+                with self.monitor.watching(step):
+                    yield step
+                if self.guard.bad_step:
+                    with self.guard.repeating() as bad_step:
+                        yield bad_step
+                    self._after_fault(bad_step, step)
+                if self.is_done:
+                    return
+
+    def _begin(self) -> None:
+        """Evaluate before the first step: what fine-tuning brings is the difference to that."""
+        if self.state.evaluation_due:
+            # A signal came into the evaluation of the step that the run goes on from.
+            if self._validate() and self.config.load_best_model_at_end:
+                self._save()
+            self.has_stopped_early = 0 < self.config.early_stopping_patience <= self.state.evaluations_since_best
+            self.is_done |= self.has_stopped_early or self.state.evaluation_due
+        elif self.state.step == 0 and "validation" in self.splits:
+            self._validate()
+            with self.tracker.clock_stopped():
+                if found := self._classify("validation"):
+                    self.tracker.log_classification(found)
+            self.is_done |= self.state.evaluation_due
+
+    def refuse_nonfinite(self, step: Step, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Say whether a step must not be applied, since its loss or gradient is infinite or NaN; see `NonFiniteGuard`.
+
+        Its gradients are dropped then, and it comes again as the next step.
+        """
+        self.signals.poll()
+        # Whatever is told or kept of a step must be known to be sound: then the device is waited for.
+        looks = self._logs(step) or self._evaluates(step) or self._saves(step) or self.signals.received is not None
+        is_refused = self.guard.refuses(step, loss, grad_norm, looks)
+        if is_refused:
+            self._refused = loss, grad_norm
+        return is_refused
+
+    def finish_step(self, step: Step, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Count a step, and log, sample, evaluate and save, if it is time to.
+
+        Reading a number from a GPU waits until it is computed (a sync point): a step that logs nothing reads none.
+
+        Args:
+            step: that was applied, or left out.
+            loss: the mean over all its targets, of all ranks, on the device.
+            grad_norm: before clipping, likewise.
+
+        Returns:
+            Whether the run is to stop.
+        """
+        config, state, tracker = self.config, self.state, self.tracker
+        scaler = self.runtime.precision.scaler
+        tracker.count_step(step, loss, grad_norm, skipped=scaler.get_scale() < step.loss_scale)
+        if self._logs(step):
+            fp16 = {"loss_scale": step.loss_scale, "skipped_steps": state.skipped_steps} if scaler.is_enabled() else {}
+            contrast = self.label_contrast.of_last_step(self.world)
+            tracker.log_step(grad_norm, learning_rate=step.learning_rate, **contrast, **fp16)
+        if figures := self.monitor.take_figures():
+            tracker.log_gradients(figures)
+        if config.sample_every > 0 and step.number % config.sample_every == 0:
+            with tracker.clock_stopped():
+                tracker.log_samples(sample_texts(self.text_model, config.seed))
+        should_save = self._saves(step)
+        if self._evaluates(step):
+            should_save |= self._validate() and config.load_best_model_at_end
+            self.has_stopped_early = 0 < config.early_stopping_patience <= state.evaluations_since_best
+        if should_save or self.signals.received:
+            self._save()
+        is_last = step.number >= self.loader.total_steps
+        self.is_done = is_last or self.has_stopped_early or self.signals.received is not None
+        return self.is_done
+
+    def _logs(self, step: Step) -> bool:
+        return step.number >= self.loader.total_steps or step.number % self.config.logging_steps == 0
+
+    def _evaluates(self, step: Step) -> bool:
+        every = self.config.eval_steps or self.loader.steps_per_epoch
+        is_time = step.number >= self.loader.total_steps or step.number % every == 0
+        return "validation" in self.splits and is_time
+
+    def _saves(self, step: Step) -> bool:
+        is_time = self.config.save_steps > 0 and step.number % self.config.save_steps == 0
+        return is_time or (self.save_failed and self._logs(step))
+
+    def _after_fault(self, bad_step: Step, latest: Step) -> None:
+        """Tell of a step that was not finite, and end the run, or count it and go on."""
+        fault, state = self.guard.fault, self.state
+        assert fault is not None
+        assert self._refused is not None
+        self._tell(fault, bad_step)
+        if self.config.on_nonfinite == "stop" or state.nonfinite_in_row == MOST_IN_A_ROW:
+            saved_in = None
+            if state.step > 0 and bad_step is latest and not fault.parameters_not_finite:
+                # The run still stands before this step, and its weights are worth going on from.
+                set_random_state(bad_step.random_state, self.runtime.device)
+                saved_in = self.saver.save()
+            raise refusal(fault, state.nonfinite_in_row, saved_in, self.output_dir)
+        self.finish_step(bad_step, *self._refused)
+
+    def _tell(self, fault: Fault, step: Step) -> None:
+        with self.tracker.clock_stopped():
+            texts = [decode(self.text_model.tokenizer, ids) for ids in fault.token_ids]
+            lines = describe(fault, step.examples, texts, str(self.output_dir / fault_file(fault.step)))
+            self.tracker.log_fault(
+                fault,
+                lines,
+                {
+                    "examples": step.examples,
+                    "texts": texts,
+                    "epoch": (step.number - 1) // self.loader.steps_per_epoch,
+                    "seed": self.config.seed,
+                    "learning_rate": step.learning_rate,
+                    "precision": self.runtime.precision.name,
+                },
+            )
+
+    # ---- Evaluation and checkpoints ---------------------------------------------------------------------------------
+
+    def _evaluate(self, split: str) -> Evaluation | None:
+        """Evaluate a split; None if a signal ended it."""
+        batch_size = self.config.per_device_eval_batch_size
+        return evaluate(self.text_model, self.splits[split], self.runtime, batch_size, self.config.batching)
+
+    def _classify(self, split: str) -> Classification | None:
+        """Let the model tell the emotions of a split; None without one, or without a template that names them."""
+        if split not in self.splits or not self.text_model.text_format.has_label:
+            return None
+        return classify(self.text_model, self.splits[split], self.runtime, self.config.per_device_eval_batch_size)
+
+    def _validate(self) -> bool:
+        """Evaluate and return whether the model is the best so far; after a signal, leave it to the resumed run."""
+        self.state.evaluation_due = True
+        with self.tracker.clock_stopped():
+            evaluation = self._evaluate("validation")
+            if evaluation is None:
+                return False
+            self.state.evaluation_due = False
+            return self.tracker.log_evaluation(evaluation)
+
+    def _save(self) -> None:
+        self.saved = self.saver.save()
+        self.save_failed = self.saved is None
+
+    # ---- The end ----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> int:
+        """Write the model, the best one if the flags say so, with its figures and a few texts; or say how to go on.
+
+        Returns:
+            The exit code of the script.
+
+        Raises:
+            UserError: the run was stopped and could not be saved.
+        """
+        self.tracker.close_bar()
+        if self.state.evaluation_due or (self.state.step < self.loader.total_steps and not self.has_stopped_early):
+            return self._say_how_to_go_on()
+        if self.has_stopped_early:
+            print(
+                f"stopped early: {self.state.evaluations_since_best} evaluations without a loss below step"
+                f" {self.state.best_step}'s"
+            )
+        self._take_best_model()
+        self.saver.export()
+        results = self._results()
+        samples = sample_texts(self.text_model, self.config.seed)
+        self.tracker.log_samples(samples)
+        self.tracker.log_results(results)
+        self.saver.write_results(results)
+        print(format_figures(results))
+        print("\n".join(samples.values()))
+        text_format = self.text_model.text_format
+        command = generate_command(self.output_dir, text_format.labels[0] if text_format.label_first else "")
+        print(f"saved the model in {self.output_dir}; generate with: {command}")
+        return 0
+
+    def _say_how_to_go_on(self) -> int:
+        name, step = self.signals.name, self.state.step
+        if step == 0:
+            print(f"stopped by {name} before the first step, with nothing to save yet; to start, run:")
+        elif self.save_failed:
+            raise UserError(f"stopped by {name} after step {step}, which could not be saved")
+        else:
+            print(f"stopped by {name} after step {step} and saved {self.saved}; to go on, run:")
+        print(f"  {resume_command(self.config, self.world)}")
+        return self.signals.exit_code
+
+    def _take_best_model(self) -> None:
+        if not (self.config.load_best_model_at_end and 0 < self.state.best_step < self.state.step):
+            return
+        best = self.output_dir / f"checkpoint-{self.state.best_step}"
+        if reason := self.world.on_main(lambda: damage(best)):
+            self.tracker.warn(f"{best}, the best, is damaged ({reason}): the model of the last step is kept")
+            return
+        load_weights(self.text_model.model, load_model(str(best)).state_dict())
+        print(f"took the model of step {self.state.best_step}, the best")
+
+    def _results(self) -> dict[str, Any]:
+        if found := self._classify("validation"):
+            self.tracker.log_classification(found)
+        results = self.tracker.results()
+        if "test" in self.splits:
+            for test in (self._evaluate("test"), self._classify("test")):
+                results |= {f"test_{name}": value for name, value in (test.figures() if test else {}).items()}
+        if self.signals.received:
+            self.tracker.warn(
+                f"{self.signals.name} came at the end: figures may be missing, python -m emoft.evaluate tells them"
+            )
+        return results

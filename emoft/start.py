@@ -1,0 +1,125 @@
+"""The first second of a script: flags are read and checked before the libraries are imported, which takes longer."""
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TextIO, TypeVar
+
+from emoft.errors import UserError, guarded, program
+
+SCRIPTS = ("train.py", "generate.py", "emoft.evaluate", "emoft.gradients", "emoft.benchmark")
+
+
+def is_speaker() -> bool:
+    """Whether this process speaks for its host: under torchrun one does."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    """End the process from whatever library it is importing: some of them take an exception for something else."""
+    if is_speaker():
+        fresh_line = "\n" if sys.stderr.isatty() else ""  # behind the terminal's ^C
+        print(f"{fresh_line}{program()}: stopped by Ctrl-C before it began", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+if program() in SCRIPTS:
+    # From the first moment on, and until `libraries_are_loaded`.
+    signal.signal(signal.SIGINT, _leave_at_once)
+
+from emoft.checkpoints.search import refuse_another_run
+from emoft.command_line import HasFlags, parse_config
+from emoft.config import INPUT_FILES, TrainConfig
+from emoft.data.sources import check_file, is_folder
+from emoft.data.template import TextFormat
+
+LIBRARIES = {"torch": "PyTorch", "transformers": "transformers", "datasets": "datasets"}
+PATIENCE_SECONDS = 2.5  # between two signs of life
+
+Config = TypeVar("Config", bound=HasFlags)
+
+
+def read_flags(config_class: type[Config], check: Callable[[Config], object] = lambda config: None) -> Config:
+    """Return the flags of a script, or end it if one of them is wrong.
+
+    Args:
+        config_class: a dataclass of flags.
+        check: what can be told at once of their values; raises UserError.
+    """
+
+    def read() -> Config:
+        config = parse_config(config_class)
+        check(config)
+        return config
+
+    if is_speaker():
+        return guarded(read)
+    try:
+        return read()
+    except UserError:
+        sys.exit(2)  # the same mistake on all ranks of a host is told by one of them
+
+
+def check_training(config: TrainConfig) -> None:
+    """See what can be told at once of a training: its files and folders.
+
+    Raises:
+        UserError: one is missing, or the output folder holds another run.
+    """
+    for name in INPUT_FILES:
+        if value := getattr(config, name):
+            check_file(f"--{name}", value)
+    if config.model_name_or_path:
+        is_folder(config.model_name_or_path, "model with a tokenizer", "model_name_or_path")
+    if config.tokenizer_name:
+        is_folder(config.tokenizer_name, "tokenizer", "tokenizer_name")
+    TextFormat(config.template)
+    if not config.resume_from_checkpoint and "LOCAL_RANK" not in os.environ:  # torchrun may have restarted a run
+        refuse_another_run(config)
+
+
+_is_loaded = threading.Event()
+
+
+def loading(stream: TextIO) -> None:
+    """Name the libraries that are about to be imported, and again while it takes long; until `libraries_are_loaded`.
+
+    Args:
+        stream: standard output, or standard error where standard output is for results alone.
+    """
+    # What is imported stays. To look through all of it for garbage again and again takes an eighth of the time.
+    gc.disable()
+    missing = [name for module, name in LIBRARIES.items() if module not in sys.modules]
+    if not missing or os.environ.get("RANK", "0") != "0":
+        return
+    print(f"loading {', '.join(missing)} ...", file=stream, flush=True)
+
+    def wait() -> None:
+        seconds = 0.0
+        while not _is_loaded.wait(PATIENCE_SECONDS):
+            seconds += PATIENCE_SECONDS
+            left = [name for module, name in LIBRARIES.items() if module not in sys.modules]
+            print(f"still loading {', '.join(left) or 'the rest'} ({seconds:.0f} s) ...", file=stream, flush=True)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def libraries_are_loaded() -> None:
+    """Leave Ctrl-C to the script from here on, and keep the libraries from speaking: what matters, emoft says."""
+    # Here, since this module is there to be read before them.
+    import datasets
+    import transformers
+
+    _is_loaded.set()
+    gc.freeze()
+    gc.enable()
+    if signal.getsignal(signal.SIGINT) is _leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading and saving, which take a moment
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told by our own
