@@ -15,7 +15,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from emoft.data.tokens import decode, token_bytes
 from emoft.distributed.parallel import is_sharded

@@ -17,7 +17,7 @@ def use_fast_kernels(model: GPT2LMHeadModel) -> None:
     if model.config.activation_function == "gelu_new":
         for block in model.transformer.h:
             # The same formula (Hendrycks and Gimpel, 2016, with tanh), by one kernel instead of eight.
-            block.mlp.act = nn.GELU(approximate="tanh")
+            block.mlp.act = nn.GELU(approximate="tanh")  # type: ignore[union-attr]  # a fault of the library's types
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
