@@ -93,6 +93,8 @@ def main(config: GenerateConfig, prompts: list[str]) -> int:
 def converse(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, precision: Precision, options: dict[str, Any]) -> int:
     """Continue one prompt after another from the terminal, printed token by token; an empty line or Ctrl-D ends."""
     limits = options["max_length"], options["max_new_tokens"]
+    if sys.stdin.isatty():
+        print("write a prompt and press Enter; an empty line or Ctrl-D leaves")
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "")

@@ -246,6 +246,18 @@ class TestGenerate:
     def test_flags(self, run: Callable[..., Result], plain: Path, words: list[str], parts: list[str]) -> None:
         refused(run("generate.py", f"--model_name_or_path={plain}", *words), *parts)
 
+    def test_a_message_offers_nothing_that_the_script_has_not(self, run: Callable[..., Result], plain: Path) -> None:
+        missing = run("generate.py", "--model_name_or_path=nowhere", "--emotion=joy")
+        refused(missing, "no folder nowhere")
+        for result in (
+            missing,
+            run("generate.py", "--model_name_or_path=nobody/nothing"),
+            run("generate.py", f"--model_name_or_path={plain}", "--emotion=joy"),
+        ):
+            assert result.code == 2
+            line = result.error_lines[-1]
+            assert "--config" not in line or "train.py --config" in line, line
+
     def test_without_a_model(self, run: Callable[..., Result]) -> None:
         refused(run("generate.py"), "gpt2-emotion-finetuned", "train")
         refused(run("generate.py", "--model_name_or_path=./nowhere"), "./nowhere", "no such folder")
@@ -257,6 +269,7 @@ class TestGenerate:
             (tmp_path / path.name).write_bytes(path.read_bytes())
         TextFormat("{label}: {text}", labels=["joy", "fear"]).save(tmp_path)
         refused(run("generate.py", "--model_name_or_path=.", "--emotion=envy"), "'envy'", "joy, fear")
+        refused(run("generate.py", "--model_name_or_path=.", "--emotion=faer"), "'faer'", "did you mean fear?")
         (tmp_path / "emoft.json").write_text("{")
         refused(run("generate.py", "--model_name_or_path=.", "--emotion=joy"), "emoft.json")
         (tmp_path / "emoft.json").unlink()

@@ -1,13 +1,14 @@
 """The Hugging Face Hub: is it in reach? If not, work from the cache at once instead of after minutes of retries."""
 
 import functools
-import os
 import threading
 
 import huggingface_hub
 
 from emoft import private
+from emoft.data.sources import is_folder
 from emoft.errors import UserError, warn
+from emoft.hints import python
 
 PROBE_SECONDS = 4
 
@@ -43,17 +44,13 @@ def go_offline_if_unreachable() -> str:
 
 
 def is_local(name: str, what: str, flag: str) -> bool:
-    """Tell a folder from a Hub id, and look for the Hub in the second case.
+    """Tell a folder from a Hub id, and look for the Hub in the second case; see `sources.is_folder`.
 
     Raises:
         UserError: the name is a path to nowhere.
     """
-    if os.path.isdir(name):
+    if is_folder(name, what, flag):
         return True
-    if os.path.exists(name):
-        raise UserError(f"--{flag} {name} is a file: name the folder that holds the {what}")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise UserError(f"--{flag} {name}: no such folder; check the path, or name a {what} on the Hub")
     go_offline_if_unreachable()
     return False
 
@@ -64,7 +61,7 @@ def not_found(name: str, what: str, flag: str, error: Exception) -> UserError:
     if reason:
         return UserError(
             f"--{flag} {name}: no such folder, not in the cache, and the Hub is out of reach ({reason});"
-            " go online, or name a local folder, or try --config demo, which needs no network"
+            f" go online, or name a local folder, or train by {python()} train.py --config demo, which needs no network"
         )
     cause = str(error).strip().partition("\n")[0] or "no reason given"
     return UserError(

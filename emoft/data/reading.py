@@ -20,6 +20,7 @@ from emoft.data.sources import check_file
 from emoft.data.template import TextFormat
 from emoft.data.tokens import fingerprint
 from emoft.errors import UserError, warn
+from emoft.hints import python
 from emoft.private import fingerprint_of
 from emoft.terminal import Bar
 
@@ -222,7 +223,7 @@ def _read_hub(config: DataConfig, needed: str, wanted: tuple[str, ...]) -> dict[
     """Return those of the wanted splits that there are; one of them is needed."""
     name = config.dataset_name
     if not name:
-        raise UserError("no data: give --train_file or --dataset_name, or try --config demo")
+        raise UserError(f"no data: give --train_file or --dataset_name, or run {python()} train.py --config demo")
     is_local = hub.is_local(name, "data set", "dataset_name")
     # The default of the default data set only: another has configurations of its own, or a single one.
     config_name = config.dataset_config_name or ("split" if name == TrainConfig.dataset_name else None)

@@ -8,6 +8,7 @@ from string import Formatter
 
 from emoft.errors import UserError
 from emoft.files import FORMAT_FILE
+from emoft.suggestions import suggest
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class TextFormat:
             if not self.has_label:
                 raise UserError(
                     f"the model was trained with the template {self.template!r}, which names no emotion: give --prompt"
-                    " instead of --emotion, or train with a template that has {label}, such as --config conditional"
+                    " instead of --emotion, or train with {label} in the template, as train.py --config conditional does"
                 )
             if not self.label_first:
                 raise UserError(
@@ -88,7 +89,8 @@ class TextFormat:
                     " generated: give --prompt instead, or train with {label} before {text}"
                 )
             if label not in self.labels:
-                raise UserError(f"no emotion {label!r} in this model: choose from {', '.join(self.labels)}")
+                near = suggest(label, self.labels)
+                raise UserError(f"no emotion {label!r} in this model{near}: choose from {', '.join(self.labels)}")
         return (self.split("text")[0].format(label=label) + text).rstrip()
 
     def prompts(self) -> dict[str, str]:
@@ -117,6 +119,11 @@ class TextFormat:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
+            if not folder.is_dir():
+                raise UserError(
+                    f"no folder {folder} here, and a model on the Hub tells no template: check the path, or give"
+                    " --prompt instead of --emotion"
+                ) from None
             raise UserError(
                 f"{folder} has no {FORMAT_FILE}, which holds its template: give --prompt instead of --emotion"
             ) from None

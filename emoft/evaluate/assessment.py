@@ -70,7 +70,7 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
     if config.generate and not text_format.has_label:
         raise UserError(
             f"--generate {config.generate} needs a template with {{label}}, and the model's is"
-            f" {text_format.template!r}: train with one, such as --config conditional"
+            f" {text_format.template!r}: train with one, as train.py --config conditional does"
         )
     if config.generate and not text_format.label_first:
         raise UserError(
