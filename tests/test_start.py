@@ -85,7 +85,7 @@ def test_a_start_says_what_it_does_and_ctrl_c_ends_it_with_a_line(folder: Path) 
     assert not (folder / "gpt2-emotion-finetuned").exists()
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 3.0])
 def test_ctrl_c_at_any_moment_of_the_start(folder: Path, seconds: float) -> None:
     """Whatever is being imported or read then, there is no traceback. (Python's own start takes 0.05 s.)"""
     process = subprocess.Popen(

@@ -8,7 +8,7 @@ from pathlib import Path
 from emoft import start
 from emoft.benchmark.config import BenchmarkConfig
 from emoft.errors import UserError, run
-from emoft.files import make_folder
+from emoft.files import make_folder, write_json
 
 # By the name of a comparison, the module and its function. Each is imported when it is asked for, since the libraries
 # that it needs take seconds, and some of them are needed by it alone.
@@ -38,8 +38,7 @@ def main(config: BenchmarkConfig) -> int:
     """Run the comparison and report."""
     module, function = COMPARISONS[config.compare]
     compare = getattr(importlib.import_module(f"emoft.benchmark.{module}"), function)
-    from emoft.benchmark.device import describe_machine
-    from emoft.files import write_json
+    from emoft.benchmark.device import describe_machine  # here, as the comparisons
 
     start.libraries_are_loaded()
     output_dir = make_folder(Path(config.output_dir))

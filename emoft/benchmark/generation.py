@@ -82,7 +82,7 @@ def run_generation(pipe: Connection, kind: str, config: BenchmarkConfig) -> None
 def _by_pipeline(
     model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, device: torch.device, config: BenchmarkConfig
 ) -> Callable[[list[str]], object]:
-    from transformers import pipeline
+    from transformers import pipeline  # here, since emoft itself has no use for it
 
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
     return lambda prompts: generator(prompts, max_new_tokens=config.max_new_tokens)

@@ -109,7 +109,7 @@ def format_table(rows: list[Row]) -> str:
 
 def draw_chart(rows: list[Row], path: Path, title: str) -> None:
     """Write a bar chart of samples per second as PNG."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here, since it need not be installed
 
     sizes = sorted({row.batch_size for row in rows})
     names = list(dict.fromkeys(row.contender for row in rows))

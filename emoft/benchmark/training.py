@@ -101,6 +101,7 @@ def run_trainer(pipe: Connection, config: BenchmarkConfig, train_config: TrainCo
     Tuned is what its flags and the library's collators offer: half precision where the device has it, fused AdamW, and
     texts padded to the longest of a batch, or laid end to end.
     """
+    # Here, since emoft itself has no use for them.
     from transformers import (
         DataCollatorForLanguageModeling,
         DataCollatorWithFlattening,

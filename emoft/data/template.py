@@ -81,7 +81,7 @@ class TextFormat:
             if not self.has_label:
                 raise UserError(
                     f"the model was trained with the template {self.template!r}, which names no emotion: give --prompt"
-                    " instead of --emotion, or train with {label} in the template, as train.py --config conditional does"
+                    " instead of --emotion, or train with {label} in it, as train.py --config conditional does"
                 )
             if not self.label_first:
                 raise UserError(

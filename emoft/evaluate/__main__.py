@@ -25,6 +25,7 @@ def check(config: EvaluateConfig) -> None:
 
 def main(config: EvaluateConfig) -> int:
     """Evaluate."""
+    # Here, since it takes seconds to import.
     from emoft.evaluate.assessment import assess_model
 
     start.libraries_are_loaded()

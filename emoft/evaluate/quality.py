@@ -43,6 +43,7 @@ class IndependentClassifier:
         Raises:
             ValueError: fewer than two labels, or texts without words.
         """
+        # Here, since it need not be installed.
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline

@@ -190,7 +190,8 @@ def test_a_contender_that_fails_says_why(tiny_model: Path, tmp_path: Path) -> No
     GPT2LMHeadModel(model.config).save_pretrained(short)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (short / name).write_bytes((tiny_model / name).read_bytes())
-    result = run(tmp_path, "--model_name_or_path", short, "--batch_sizes", 2, "--output_dir", tmp_path / "out")
+    words = ["--compare", "gradients", "--model_name_or_path", short, "--batch_sizes", 2]
+    result = run(tmp_path, *words, "--output_dir", tmp_path / "out")
     assert result.returncode == 2
     assert "16 positions" in result.stderr.splitlines()[-1]
 
