@@ -3,13 +3,16 @@
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from emoft.errors import UserError
 from emoft.tracking.throughput import synchronize
@@ -68,6 +71,19 @@ def rank_environments(processes: int) -> list[dict[str, str]]:
     return [{**meeting_place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
+def process_context() -> SpawnContext | ForkServerContext:
+    """Return how processes are started that share nothing but what they have imported.
+
+    Importing the libraries takes seconds: where the system can fork, it is done once, in a server that computes
+    nothing, and each process begins as a fork of that.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["emoft.benchmark.training"])
+    return context
+
+
 def run_logged(
     log: Path, rank: dict[str, str], run: Callable[..., None], pipe: Connection | None, *arguments: Any
 ) -> None:
@@ -76,6 +92,7 @@ def run_logged(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(rank)
+    tqdm.set_lock(threading.RLock())  # its own, between processes, would be left over by one that is killed
     run(pipe, *arguments)
 
 
@@ -85,7 +102,7 @@ class Contender:
     def __init__(self, kind: str, folder: Path, run: Callable[..., None], *arguments: Any, processes: int = 1) -> None:
         self.kind = kind
         self.log = folder / f"{kind}.log"
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         self.pipe, theirs = context.Pipe()
         ranks = rank_environments(processes) if processes > 1 else [{}]
         self.processes = [

@@ -1,6 +1,5 @@
 """How a step's time grows with the number of processes: measured on this machine, and modelled for many hosts."""
 
-import multiprocessing
 import os
 import statistics
 import time
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from emoft.benchmark.config import BenchmarkConfig, Report
-from emoft.benchmark.contenders import rank_environments
+from emoft.benchmark.contenders import process_context, rank_environments
 from emoft.benchmark.training import ALONE, TOGETHER, model_and_lengths, take_all_turns
 
 EXCHANGED = 1 << 24  # values of the exchange whose bandwidth is measured: 64 MiB in float32
@@ -75,7 +74,7 @@ def modelled_seconds(alone: float, gradient_bytes: float, ranks: int, bandwidth:
 
 def measure_exchange(processes: int) -> float:
     """Return the bandwidth of the exchange between processes of this machine, in the sense of `exchange_seconds`."""
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     ours, theirs = context.Pipe()
     ranks = [
         context.Process(target=_exchange, args=(environment, theirs if number == 0 else None), daemon=True)
