@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ SAMPLES = (
 def read(split: str) -> list[tuple[str, str]]:
     with open(SAMPLE / f"{split}.csv", encoding="utf-8", newline="") as file:
         return [(row["text"], row["label"]) for row in csv.DictReader(file)]
+
+
+def read_config(name: str) -> TrainConfig:
+    """Read a preset or a YAML file; its paths may be spelled in several ways."""
+    config = parse_config(TrainConfig, ["--config", name])
+    return replace(
+        config, **{name: str(Path(getattr(config, name)).resolve()) for name in ("train_file", "validation_file")}
+    )
 
 
 def words(text: str) -> list[str]:
@@ -91,10 +100,9 @@ class TestDemo:
         changed = max(path.stat().st_mtime for path in sources if path.suffix in (".py", ".yaml", ".csv", ".txt"))
         is_whole = (trained / "all_results.json").exists() and (trained / "model.safetensors").exists()
         # What was trained before anything that it depends on has changed tells nothing of the code as it is.
-        if is_whole and (trained / "train_config.yaml").stat().st_mtime > changed:
-            config = parse_config(TrainConfig, ["--config", str(trained / "train_config.yaml")])
-            if config == parse_config(TrainConfig, ["--config", "demo"]):
-                return trained
+        is_of_this_code = is_whole and (trained / "train_config.yaml").stat().st_mtime > changed
+        if is_of_this_code and read_config(str(trained / "train_config.yaml")) == read_config("demo"):
+            return trained
         folder = tmp_path_factory.mktemp("demo")
         result = scripts("train.py", "--config", "demo", cwd=folder)
         assert result.code == 0, result.err

@@ -163,7 +163,7 @@ def history(output_dir: Path) -> list[dict[str, float]]:
 
 class TestCompiled:
     @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-    def test_computes_the_same_and_compiles_once(self, tmp_path, still_model, train_file, validation_file) -> None:
+    def test_computes_the_same_and_compiles_once(self, run, tmp_path, still_model, train_file, validation_file) -> None:
         words = flags(
             still_model,
             train_file,
@@ -172,7 +172,7 @@ class TestCompiled:
             log_gradients_every=10,
             per_device_train_batch_size=3,
         )
-        plain = run_fresh("train.py", *words, "--output_dir", "plain", cwd=tmp_path, **environment(tmp_path))
+        plain = run("train.py", *words, "--output_dir", "plain")
         assert plain.code == 0, plain.err
         compiled = run_fresh(
             "train.py", *words, "--torch_compile", cwd=tmp_path, TORCH_LOGS="recompiles", **environment(tmp_path)

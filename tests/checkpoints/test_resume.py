@@ -49,7 +49,7 @@ class TestExactness:
             tiny_model,
             train_file,
             validation_file=validation_file,
-            num_train_epochs=2,
+            max_steps=11,  # the second epoch begins after step 8
             save_steps=7,
             gradient_accumulation_steps=2,
             per_device_train_batch_size=3,
@@ -282,7 +282,7 @@ def wait_for_evaluation(scripts: WarmScripts, number: int) -> None:
 def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, train_file) -> None:
     """It is left to the resumed run, which ends as if nothing had been."""
     (tmp_path / "telling.py").write_text(TELLING)
-    (tmp_path / "many.txt").write_text("\n".join(f"i feel number {n};joy" for n in range(1500)) + "\n")
+    (tmp_path / "many.txt").write_text("\n".join(f"i feel number {n};joy" for n in range(500)) + "\n")
     words = flags(
         tiny_model,
         train_file,
@@ -290,7 +290,7 @@ def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, 
         max_steps=6,
         eval_steps=3,
         per_device_eval_batch_size=1,
-        max_eval_samples=1500,
+        max_eval_samples=500,
     )
     # The resumed run is stopped in the same evaluation; the one before the first step is not its.
     for more, number in (([], 2), (["--resume_from_checkpoint=latest"], 1)):
@@ -312,7 +312,7 @@ def test_a_signal_in_the_middle_of_an_evaluation(scripts, tmp_path, tiny_model, 
 
 def test_a_signal_in_the_evaluation_before_the_first_step(scripts, tmp_path, tiny_model, train_file) -> None:
     (tmp_path / "telling.py").write_text(TELLING)
-    (tmp_path / "many.txt").write_text("\n".join(f"i feel number {n};joy" for n in range(1500)) + "\n")
+    (tmp_path / "many.txt").write_text("\n".join(f"i feel number {n};joy" for n in range(500)) + "\n")
     words = flags(
         tiny_model, train_file, validation_file=tmp_path / "many.txt", max_steps=2, per_device_eval_batch_size=1
     )
