@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emoft.checkpoints.folder import Saver
 from emoft.checkpoints.manifest import damage
+from emoft.checkpoints.search import checkpoints
 from emoft.checkpoints.state import TrainingState
 from emoft.config import TrainConfig
 from emoft.data.steps import Step, StepLoader
@@ -29,7 +30,7 @@ from emoft.model.generation import sample_texts
 from emoft.model.loading import TextModel, load_model
 from emoft.tracking.run_state import RunState
 from emoft.tracking.throughput import measure_flops
-from emoft.tracking.tracker import Tracker
+from emoft.tracking.tracker import Moment, Tracker
 from emoft.training.contrast import LabelContrast
 from emoft.training.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, describe, refusal
 from emoft.training.randomness import set_random_state
@@ -88,6 +89,8 @@ class Run:
         self.save_failed = False
         self.saved = training_state.restored_from  # the latest checkpoint
         self._refused: tuple[Tensor, Tensor] | None = None  # loss and gradient norm of a step that was not applied
+        # Counts and schedule before each step since somebody last looked whether all were sound; see `NonFiniteGuard`.
+        self._moments: dict[int, tuple[Moment, dict[str, Any]]] = {}
 
     def __enter__(self) -> "Run":
         self._contexts = ExitStack()
@@ -116,12 +119,14 @@ class Run:
                 step.learning_rate = float(self.training_state.schedule.get_last_lr()[0])
                 step.loss_scale = self.runtime.precision.scaler.get_scale()
                 self.guard.begin_step(step)
+                if not self.guard.looks_always:
+                    self._moments[step.number] = self.tracker.remember(), self.training_state.schedule.state_dict()
                 with self.monitor.watching(step):
                     yield step
                 if self.guard.bad_step:
                     with self.guard.repeating() as bad_step:
                         yield bad_step
-                    self._after_fault(bad_step, step)
+                    self._after_fault(bad_step)
                 if self.is_done:
                     return
 
@@ -151,6 +156,8 @@ class Run:
         is_refused = self.guard.refuses(step, loss, grad_norm, looks)
         if is_refused:
             self._refused = loss, grad_norm
+        elif looks:
+            self._moments.clear()  # all steps until here were sound
         return is_refused
 
     def finish_step(self, step: Step, loss: Tensor, grad_norm: Tensor) -> bool:
@@ -200,19 +207,29 @@ class Run:
         is_time = self.config.save_steps > 0 and step.number % self.config.save_steps == 0
         return is_time or (self.save_failed and self._logs(step))
 
-    def _after_fault(self, bad_step: Step, latest: Step) -> None:
+    def _after_fault(self, bad_step: Step) -> None:
         """Tell of a step that was not finite, and end the run, or count it and go on."""
         fault, state = self.guard.fault, self.state
         assert fault is not None
         assert self._refused is not None
+        if bad_step.number in self._moments:
+            # No weight has changed since then: what was counted of the steps after it comes from steps not applied.
+            moment, schedule = self._moments[bad_step.number]
+            self.tracker.return_to(moment)
+            self.training_state.return_to(schedule)
+            self._moments.clear()
         self._tell(fault, bad_step)
         if self.config.on_nonfinite == "stop" or state.nonfinite_in_row == MOST_IN_A_ROW:
-            saved_in = None
-            if state.step > 0 and bad_step is latest and not fault.parameters_not_finite:
-                # The run still stands before this step, and its weights are worth going on from.
+            kept = ""
+            if state.step > 0 and not fault.parameters_not_finite:
+                # The run stands before this step, and its weights are worth going on from.
                 set_random_state(bad_step.random_state, self.runtime.device)
-                saved_in = self.saver.save()
-            raise refusal(fault, state.nonfinite_in_row, saved_in, self.output_dir)
+                saved = self.saver.save()
+                kept = f"saved {saved}" if saved else ""
+            if not kept:
+                sound = f"checkpoints in {self.output_dir} are sound"
+                kept = sound if checkpoints(self.output_dir) else "there is no checkpoint yet"
+            raise refusal(fault, state.nonfinite_in_row, kept, self.output_dir)
         self.finish_step(bad_step, *self._refused)
 
     def _tell(self, fault: Fault, step: Step) -> None:

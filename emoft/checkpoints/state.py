@@ -63,6 +63,16 @@ class TrainingState:
             "run": run,
         }
 
+    def return_to(self, schedule: dict[str, Any]) -> None:
+        """Take back steps of the schedule; the optimizer has applied none of them.
+
+        Args:
+            schedule: the state of the schedule before them.
+        """
+        self.schedule.load_state_dict(schedule)
+        for group, learning_rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+
     def restore(self, saved: dict[str, Any], checkpoint: Path) -> RunState:
         """Put a loaded state back. The model is loaded by itself, from the same folder.
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +36,14 @@ SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak", "memory_gib
 EVALUATED = ("eval_loss", "perplexity", "bits_per_byte")  # figures of an evaluation, by their names in the results
 CLASSIFIED = ("emotion_accuracy", "macro_f1")  # likewise of a classification
 COLUMNS = 512  # measured steps that the heat map keeps
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a run had counted before a step."""
+
+    run: RunState
+    sums: Tensor  # on the device
 
 
 class Tracker:
@@ -123,6 +131,21 @@ class Tracker:
         row = torch.stack([loss * tokens, torch.full_like(loss, tokens), is_clipped]).double()
         self._sums += torch.where(loss.isfinite() & grad_norm.isfinite(), row, 0)
         self.bar.advance(run.train_seconds + time.perf_counter() - self._clock_started)
+
+    def remember(self) -> "Moment":
+        """Return what brings the counts back to where they stand now, by `return_to`. Reads nothing from the device."""
+        run = self.run
+        # These two grow in place.
+        now = replace(run, depth_steps=list(run.depth_steps), depth_norms=list(run.depth_norms))
+        return Moment(now, self._sums.clone())
+
+    def return_to(self, moment: "Moment") -> None:
+        """Forget the steps that were counted since a moment; the seconds that they took stay spent."""
+        seconds = self.run.train_seconds
+        for name, value in vars(moment.run).items():
+            setattr(self.run, name, value)
+        self.run.train_seconds = seconds
+        self._sums.copy_(moment.sums)
 
     def _read_sums(self) -> None:
         """Read from the device: a CPU-GPU sync point."""

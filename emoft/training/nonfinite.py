@@ -25,6 +25,7 @@ from emoft.training.randomness import random_state, set_random_state
 from emoft.training.runtime import Runtime
 
 MOST_IN_A_ROW = 10  # steps that --on_nonfinite skip drops before it stops
+ROWS_AT_ONCE = 64  # of logits, each as wide as the vocabulary
 LAST_MODULE = "transformer.ln_f"  # what comes after it is the head and the loss
 
 
@@ -35,7 +36,7 @@ class Fault:
     step: int
     loss: float  # in nats
     loss_scale: float
-    found: str  # "forward", "backward", "weight gradient", or "nowhere" if it did not recur
+    found: str  # "forward", "backward", "weight gradient", "loop" (train.py itself), or "nowhere" if it did not recur
     module: str = ""  # the first whose output, or whose output's gradient, was not finite; or the parameter
     values_not_finite: int = 0  # of that output or gradient; of the head, places whose loss is not finite
     values: int = 0
@@ -83,7 +84,7 @@ class NonFiniteGuard:
             looks: reads from the device, a CPU-GPU sync point, which elsewhere than there is no matter.
         """
         if self._listener is not None:  # this was the repetition
-            self.fault = self._find_fault(step, float(loss))
+            self.fault = self._find_fault(step, float(loss), float(grad_norm))
             self._drop_gradients()
             return True
         is_fault = ~(loss.isfinite() & grad_norm.isfinite())
@@ -123,7 +124,7 @@ class NonFiniteGuard:
             self._listener = self.bad_step = None
             set_random_state(now, self.runtime.device)
 
-    def _find_fault(self, step: Step, loss: float) -> Fault:
+    def _find_fault(self, step: Step, loss: float, grad_norm: float) -> Fault:
         """Return what the listener heard while the step was repeated, of all ranks."""
         assert self._listener is not None
         named = list(self.model.named_parameters())
@@ -141,8 +142,10 @@ class NonFiniteGuard:
         if self._listener.first is not None:
             fault.found, fault.module, bad, micro_batch = self._listener.first
             if (fault.found, fault.module) == ("backward", LAST_MODULE) and not math.isfinite(loss):
-                # All modules were finite, and the loss was not: only the head stands between.
-                fault.found, fault.module, bad = "forward", "lm_head", bad.any(-1)
+                # All modules were finite, and the loss was not: the head stands between, and the lines of the loop.
+                is_head = self._listener.has_bad_logits(micro_batch)
+                fault.found, fault.module = ("forward", "lm_head") if is_head else ("loop", "")
+                bad = bad.any(-1)
             fault.values_not_finite, fault.values = int(bad.sum()), bad.numel()
             batch = step.micro_batches[micro_batch]
             owners = batch.owners()
@@ -153,12 +156,14 @@ class NonFiniteGuard:
             fault.examples_at_fault = [examples_before + int(place) for place in at_fault]
         elif fault.gradients_not_finite:
             fault.found, fault.module = "weight gradient", fault.gradients_not_finite[0]
+        elif not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            fault.found = "loop"
         return _of_all_ranks(self.runtime.world.gather(fault))
 
 
 def _of_all_ranks(faults: list[Fault]) -> Fault:
     """Return what the ranks found, as one: the earliest in the course of a step."""
-    course = ("forward", "backward", "weight gradient", "nowhere")
+    course = ("forward", "backward", "weight gradient", "loop", "nowhere")
     first = min(faults, key=lambda fault: course.index(fault.found))
     gradients = [name for fault in faults for name in fault.gradients_not_finite]
     examples_at_fault, examples_before = [], 0
@@ -190,6 +195,7 @@ def describe(fault: Fault, examples: list[int], texts: list[str], details: str) 
         "forward": f"began in the forward pass: {share} of the output of {fault.module} are not finite",
         "backward": f"began in the backward pass: {share} of the gradient to {fault.module}'s output are not finite",
         "weight gradient": f"began in the gradient of {fault.module}; those of the activations are finite",
+        "loop": "began in train.py itself, behind the model: its logits are finite, what the loop makes of them is not",
         "nowhere": "it did not recur when the step was repeated: the device may be faulty",
     }["head" if fault.module == "lm_head" else fault.found]
     weights = "all weights are finite"
@@ -208,13 +214,13 @@ def describe(fault: Fault, examples: list[int], texts: list[str], details: str) 
     ]
 
 
-def refusal(fault: Fault, in_a_row: int, saved_in: Path | None, output_dir: Path) -> UserError:
+def refusal(fault: Fault, in_a_row: int, kept: str, output_dir: Path) -> UserError:
     """Return the error that ends a run after a fault.
 
     Args:
         fault: the last one.
         in_a_row: how many steps, it included, were not finite one after another.
-        saved_in: the checkpoint of the state before it, if one was saved.
+        kept: what there is of the run from before it.
         output_dir: of the run.
     """
     what = f"the loss or gradient of step {fault.step} is not finite"
@@ -223,7 +229,6 @@ def refusal(fault: Fault, in_a_row: int, saved_in: Path | None, output_dir: Path
     cure = "lower --learning_rate, raise --warmup_steps, or leave such steps out by --on_nonfinite skip"
     if fault.parameters_not_finite:
         cure = f"the weights {fault.parameters_not_finite[0]} are not finite, start from sound ones"
-    kept = f"saved {saved_in}" if saved_in else f"checkpoints in {output_dir} are sound"
     return UserError(f"{what}; it was not applied, {kept}; {cure} (see {output_dir / fault_file(fault.step)})")
 
 
@@ -235,6 +240,7 @@ class _Listener:
         # The pass, the module, where its values are not finite, and the number of the micro-batch, from 0.
         self.first: tuple[str, str, Tensor, int] | None = None
         self.micro_batch = -1
+        self.hidden: list[Tensor] = []  # that the head is given, of each micro-batch: (B, T, C)
 
     def __enter__(self) -> "_Listener":
         modules = [(name, module) for name, module in self.model.named_modules() if name]
@@ -249,6 +255,12 @@ class _Listener:
         for hook in self.hooks:
             hook.remove()
 
+    @torch.no_grad()
+    def has_bad_logits(self, micro_batch: int) -> bool:
+        """Say whether the head makes numbers that are not finite of what it was given."""
+        rows = self.hidden[micro_batch].flatten(0, -2).split(ROWS_AT_ONCE)  # (n, C) each
+        return any(_is_bad(rows_of_some.float() @ self.model.lm_head.weight.T.float()) for rows_of_some in rows)
+
     def note(self, direction: str, name: str, values: Tensor) -> None:
         if self.first is None:
             self.first = direction, name, ~values.detach().isfinite(), self.micro_batch
@@ -258,6 +270,8 @@ class _Listener:
             values = output[0] if isinstance(output, tuple) else output
             if not isinstance(values, Tensor):
                 return
+            if name == LAST_MODULE:
+                self.hidden.append(values.detach())
             if _is_bad(values):
                 self.note("forward", name, values)
             elif values.requires_grad:

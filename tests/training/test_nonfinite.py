@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Result, read_scalars
+from conftest import ROOT, Result, read_scalars
 from safetensors.torch import load_file
 from test_train import flags, history
 from torch import nn
@@ -152,7 +152,8 @@ class TestTrace:
             assert bad_step is step
             assert torch.equal(torch.get_rng_state(), step.random_state[0]), "it begins as it began before"
             again = self.compute(model, bad_step)
-            assert guard.refuses(bad_step, again, torch.tensor(math.nan), looks=True)
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            assert guard.refuses(bad_step, again, norm, looks=True)
         assert torch.equal(drawn, torch.get_rng_state())
         assert again.isnan() or torch.equal(loss, again)
         assert guard.fault is not None
@@ -277,6 +278,68 @@ class TestThroughTheScript:
         assert report["module"] == "transformer.wpe"
         # Not even the weights are finite, so nothing is saved that a resume would choke on; with a cure it would be.
         assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+    def test_where_nobody_looked_the_run_goes_back_to_before_the_step(
+        self, run, tiny_model, long_text, tmp_path
+    ) -> None:
+        """As on a GPU: the step is found when the last one logs, and nothing since has been applied."""
+        (tmp_path / "deferred.py").write_text(f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import emoft.model.loading, emoft.training.nonfinite
+guard, load = emoft.training.nonfinite.NonFiniteGuard, emoft.model.loading.load_model_and_tokenizer
+begin = guard.__init__
+def deferred(self, *arguments):
+    begin(self, *arguments)
+    self.looks_always = False
+def spoiled(*arguments):
+    model, tokenizer = load(*arguments)
+    model.transformer.wpe.register_forward_hook(
+        lambda module, inputs, output: output.masked_fill((inputs[0] == 30).unsqueeze(-1), float("inf"))
+    )
+    return model, tokenizer
+guard.__init__, emoft.model.loading.load_model_and_tokenizer = deferred, spoiled
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+        words = flags(
+            tiny_model, long_text[1], max_steps=18, logging_steps=50, save_steps=0, template="{text}", warmup_steps=3
+        )
+        first = run(tmp_path / "deferred.py", *words)
+        assert first.code == 2, first.err
+        (report_file,) = (tmp_path / "run").glob("nonfinite-*.json")
+        step = int(report_file.stem.split("-")[1])
+        assert 1 < step <= 6, "in the first epoch, and not at its start"
+        assert f"saved run/checkpoint-{step - 1}" in first.error_lines[-1]
+        words = [word for word in words if "save_steps" not in word]
+        undisturbed = run("train.py", *words, f"--save_steps={step - 1}", "--save_total_limit=0", "--output_dir=whole")
+        assert undisturbed.code == 0, undisturbed.err
+        ours, theirs = (tmp_path / name / f"checkpoint-{step - 1}" for name in ("run", "whole"))
+        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+        left, right = (torch.load(each / "training_state.pt", weights_only=True) for each in (ours, theirs))
+        for name in ("schedule", "random_states", "data_checksum"):
+            assert str(left[name]) == str(right[name]), name
+        assert str(left["optimizer"]) == str(right["optimizer"])
+        for name in ("step", "samples", "tokens", "loss_sum", "loss_tokens", "clipped_steps", "depth_steps"):
+            assert left["run"][name] == right["run"][name], name
+
+    @pytest.mark.parametrize(
+        ("after", "line", "where"),
+        [
+            ("losses, contrast = label_contrast", "losses = (losses - losses).sqrt() / 0", "train.py itself"),
+            ("step_loss += loss.detach()", "step_loss /= 0 * step_loss", "train.py itself"),
+        ],
+    )
+    def test_lines_of_the_loop_itself(self, run, tiny_model, train_file, tmp_path, after, line, where) -> None:
+        loop = (ROOT / "train.py").read_text()
+        (found,) = [each for each in loop.splitlines() if each.strip().startswith(after)]
+        indent = found[: len(found) - len(found.lstrip())]
+        edited = loop.replace(found, f"{found}\n{indent}{line}")
+        (tmp_path / "edited.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{edited}")
+        result = run(tmp_path / "edited.py", *flags(tiny_model, train_file, max_steps=2))
+        assert result.code == 2, result.err
+        assert where in result.out
+        assert "device may be faulty" not in result.out
+        assert "there is no checkpoint yet" in result.error_lines[-1]
 
     def test_skip_drops_the_step_and_goes_on(self, run, long_text, tmp_path) -> None:
         model, data, _ = long_text
