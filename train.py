@@ -134,7 +134,6 @@ def train(
                     loss = losses.sum() / step.tokens  # of all micro-batches and ranks
                     scaler.scale((loss + contrast) * world.size).backward()
                 step_loss += loss.detach()
-                step.targets.append(targets)  # for the log, which says whether they are the next tokens
             step_loss = world.sum(step_loss)
 
             scaler.unscale_(optimizer)  # once, now that the gradients are complete, and before they are measured

@@ -32,6 +32,7 @@ from emoft.tracking.run_state import RunState
 from emoft.tracking.throughput import measure_flops
 from emoft.tracking.tracker import Moment, Tracker
 from emoft.training.contrast import LabelContrast
+from emoft.training.loss import given_targets
 from emoft.training.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, describe, refusal
 from emoft.training.randomness import set_random_state
 from emoft.training.runtime import Runtime
@@ -121,7 +122,7 @@ class Run:
                 self.guard.begin_step(step)
                 if not self.guard.looks_always:
                     self._moments[step.number] = self.tracker.remember(), self.training_state.schedule.state_dict()
-                with self.monitor.watching(step):
+                with self.monitor.watching(step), given_targets() as step.targets:
                     yield step
                 if self.guard.bad_step:
                     with self.guard.repeating() as bad_step:

@@ -63,15 +63,23 @@ class Batch:
         texts = [ids[end - length : end] for end, length in zip(ends, self.lengths, strict=True)]
         return texts[: self.examples]
 
-    def aligned_share(self, targets: Tensor) -> float:
+    def aligned_share(self, targets: Tensor, places: Tensor) -> float:
         """Return the share of targets that are the token right after the place that predicts them: 1 if all is well.
 
+        A target that is the first token of a text, or padding, is a wrong one; one that is missing counts as wrong.
+
         Args:
-            targets: (B, T), what the loss was given.
+            targets: (K,), what the loss was given; IGNORED where there is none.
+            places: (K,), in the flattened rows, where each is predicted.
         """
-        ids, places = self.inputs["input_ids"].flatten(), self.predicting[: self.target_tokens].cpu()
-        following = ids[(places + 1).clamp(max=len(ids) - 1)]
-        return float((following == targets.flatten().cpu()[places]).float().mean())
+        ids, owners = self.inputs["input_ids"].flatten().cpu(), self.owners().flatten().cpu()
+        targets, places = targets.cpu(), places.cpu()
+        is_given = (targets != IGNORED) & (owners[places] < self.examples)  # without rivals
+        following = (places + 1).clamp(max=len(ids) - 1)
+        is_next = (owners[places] >= 0) & (owners[following] == owners[places]) & (following > places)
+        is_next &= ids[following] == targets
+        expected = int((owners[self.predicting[: self.target_tokens].cpu()] < self.examples).sum())
+        return int((is_given & is_next).sum()) / max(1, int(is_given.sum()), expected)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device. From pinned memory, the copy runs beside the computation."""

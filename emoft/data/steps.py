@@ -26,7 +26,8 @@ class Step:
     learning_rate: float = 0.0  # that the update is made with
     loss_scale: float = 1.0  # likewise; above 1 in fp16 only
     random_state: list[Tensor] = field(default_factory=list)  # in which it began
-    targets: list[Tensor] = field(default_factory=list)  # that the loss was given, of each micro-batch: (B, T)
+    # What the loss was given, of each micro-batch: targets and places, (K,) each; see `training.loss.given_targets`.
+    targets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -34,9 +35,12 @@ class Step:
         return max(1, target_tokens(self.lengths))
 
     def aligned_share(self) -> float:
-        """Return the share of the targets that are the token after the place that predicts them; see `Batch`."""
-        pairs = zip(self.micro_batches, self.targets, strict=True)
-        return min((batch.aligned_share(targets) for batch, targets in pairs), default=1.0)
+        """Return the share of the targets that are the token after the place that predicts them; see `Batch`.
+
+        NaN if nobody knows what the loss was given.
+        """
+        pairs = zip(self.micro_batches, self.targets, strict=False)
+        return min((batch.aligned_share(*given) for batch, given in pairs), default=math.nan)
 
 
 class StepLoader:

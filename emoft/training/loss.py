@@ -1,5 +1,7 @@
 """The one label shift, and the cross-entropy summed over targets, head included."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,24 @@ from emoft.data.batching import IGNORED
 FLOAT_BYTES = 8 << 20  # of logits in float32 at a time: what stays in a processor's cache
 LOGIT_BYTES = 64 << 20  # of logits in float32 at a time in inference: enough rows for a fast matrix product
 WEIGHT_ROWS = 8192  # of the head's gradient at a time, likewise
+
+
+_given: list[tuple[Tensor, Tensor]] | None = None  # see `given_targets`
+
+
+@contextmanager
+def given_targets() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect what `cross_entropy` is really given while it trains in this context, whatever the loop meant to give it.
+
+    Yields:
+        For each call the targets, (K,), and the places in the flattened rows that predict them, (K,).
+    """
+    global _given
+    outer, _given = _given, []
+    try:
+        yield _given
+    finally:
+        _given = outer
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -50,6 +70,8 @@ def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, predicting: Ten
     """
     hidden = hidden.flatten(0, 1).index_select(0, predicting)
     targets = targets.flatten().index_select(0, predicting)
+    if _given is not None and torch.is_grad_enabled():
+        _given.append((targets, predicting))
     if not torch.is_grad_enabled():
         return _without_gradient(hidden, head, targets)
     return _LinearCrossEntropy.apply(hidden, head, targets)

@@ -116,7 +116,6 @@ class NonFiniteGuard:
         assert step is not None
         now = random_state(self.runtime.device)
         set_random_state(step.random_state, self.runtime.device)
-        step.targets.clear()
         try:
             with _Listener(self.model) as self._listener:
                 yield step

@@ -52,7 +52,11 @@ def test_what_a_batch_says_of_its_examples(collate) -> None:
         [0, 0, 0, 1, 2, 2, -1, -1] if collate is pack else [0, 0, 0, 1, -1, -1, 2, 2, -1]
     )
     assert (batch.examples, batch.tokens) == (3, 6)
-    assert batch.aligned_share(shift_labels(batch.labels)) == 1
+    assert aligned(batch, shift_labels(batch.labels)) == 1
+
+
+def aligned(batch: Batch, targets: torch.Tensor) -> float:
+    return batch.aligned_share(targets.flatten()[batch.predicting], batch.predicting)
 
 
 @pytest.mark.parametrize("collate", [pack, pad])
@@ -60,9 +64,22 @@ def test_what_a_batch_says_of_its_examples(collate) -> None:
 def test_labels_shifted_wrongly_are_seen(collate, shifts: int) -> None:
     rows = [{"input_ids": list(range(1, length))} for length in (5, 9, 2, 12)]
     batch = collate(rows, pad_id=0)
-    assert batch.aligned_share(shift_labels(batch.labels)) == 1
+    assert aligned(batch, shift_labels(batch.labels)) == 1
     wrong = batch.labels if shifts == 0 else shift_labels(shift_labels(batch.labels))
-    assert batch.aligned_share(wrong) < 0.1  # the last token may stand for its own next one
+    assert aligned(batch, wrong) < 0.1  # the last token may stand for its own next one
+
+
+@pytest.mark.parametrize("collate", [pack, pad])
+def test_a_first_token_or_padding_as_target_and_a_missing_target_are_seen(collate) -> None:
+    rows = [{"input_ids": list(range(1, length))} for length in (5, 9, 3, 12)]
+    batch = collate(rows, pad_id=0, multiple=8)
+    ids = batch.inputs["input_ids"]
+    following = torch.cat([ids.flatten()[1:], ids.flatten()[:1]])
+    everywhere = torch.arange(ids.numel())
+    share = batch.aligned_share(following, everywhere)
+    assert share == pytest.approx(batch.target_tokens / ids.numel()), "first tokens, and what only fills up"
+    few = batch.predicting[:10]
+    assert batch.aligned_share(following[few], few) == pytest.approx(10 / batch.target_tokens)
 
 
 class TestPacked:

@@ -104,7 +104,7 @@ def test_a_batch_has_the_targets_that_its_rows_name(collate) -> None:
     targets = shift_labels(batch.labels)
     assert targets.flatten()[batch.predicting].tolist() == [3, 4, 6, *[IGNORED] * 5]
     assert sorted(targets[targets != IGNORED].tolist()) == [3, 4, 6]
-    assert batch.aligned_share(targets) == 1
+    assert batch.aligned_share(targets.flatten()[batch.predicting], batch.predicting) == 1
 
 
 def test_accuracy_and_f1_are_scikit_learns() -> None:

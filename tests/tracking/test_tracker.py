@@ -35,7 +35,8 @@ def batch_of(targets: int, examples: int) -> Batch:
 def count_step(tracker: Tracker, loss: torch.Tensor, norm: torch.Tensor, *batches: Batch, skipped=False) -> None:
     lengths = np.array([length for batch in batches for length in batch.lengths])
     step = Step(tracker.run.step + 1, list(range(len(lengths))), lengths, list(batches))
-    step.targets = [shift_labels(batch.labels) for batch in batches]
+    shifted = [(shift_labels(batch.labels).flatten(), batch.predicting) for batch in batches]
+    step.targets = [(targets[places], places) for targets, places in shifted]
     tracker.count_step(step, loss, norm, skipped)
 
 
