@@ -59,10 +59,7 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
         config = dataclasses.replace(config, model_name_or_path=str(checkpoint), config_overrides="", tokenizer_name="")
     model, tokenizer = load_model_and_tokenizer(config, texts)
     check_room(tokenizer, text_format)
-    tokenized = {
-        name: tokenize(rows, tokenizer, text_format, name, keep_columns=name != "train")
-        for name, rows in splits.items()
-    }
+    tokenized = {name: tokenize(rows, tokenizer, text_format, name) for name, rows in splits.items()}
     return TextModel(model, tokenizer, text_format), tokenized
 
 

@@ -133,6 +133,8 @@ class Run:
 
     def _begin(self) -> None:
         """Evaluate before the first step: what fine-tuning brings is the difference to that."""
+        if self.state.step == 0:
+            self.tracker.log_start(self.text_model.model, self.monitor.weights_at_start())
         if self.state.evaluation_due:
             # A signal came into the evaluation of the step that the run goes on from.
             if self._validate() and self.config.load_best_model_at_end:
@@ -178,6 +180,9 @@ class Run:
         scaler = self.runtime.precision.scaler
         tracker.count_step(step, loss, grad_norm, skipped=scaler.get_scale() < step.loss_scale)
         if self._logs(step):
+            if not state.logged:  # the first time: not before the first step, since it may take half a second
+                with tracker.clock_stopped():
+                    tracker.log_data(self.splits["train"])
             fp16 = {"loss_scale": step.loss_scale, "skipped_steps": state.skipped_steps} if scaler.is_enabled() else {}
             contrast = self.label_contrast.of_last_step(self.world)
             tracker.log_step(grad_norm, learning_rate=step.learning_rate, **contrast, **fp16)

@@ -38,6 +38,12 @@ class Matches:
         return self.exact | self.near
 
 
+def distinct_share(rows: Dataset) -> float:
+    """Return the share of tokenized examples that are not the same, token by token, as one before them."""
+    parts = (part["input_ids"].to_pylist() for part in rows.with_format("arrow").iter(1000))
+    return len({tuple(ids) for part in parts for ids in part}) / max(1, len(rows))
+
+
 def find_matches(train: Sequence[str], others: Sequence[Sequence[str]] = ()) -> tuple[Matches, list[Matches]]:
     """Return which texts occur before.
 

@@ -70,7 +70,8 @@ class StepLoader:
             device: decides to which multiple.
             with_rivals: gives for some rows and an epoch these and others that follow them; see `training.contrast`.
         """
-        self.rows, self.config, self.world, self.pad_id, self.device = rows, config, world, pad_id, device
+        self.rows = rows.select_columns("input_ids")
+        self.config, self.world, self.pad_id, self.device = config, world, pad_id, device
         self.examples_per_step, self.with_rivals = examples_per_step, with_rivals
         self.lengths = token_lengths(rows)
         self.steps_per_epoch = math.ceil(len(rows) / examples_per_step)

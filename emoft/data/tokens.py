@@ -66,13 +66,8 @@ def check_room(tokenizer: GPT2Tokenizer, text_format: TextFormat) -> None:
             )
 
 
-def tokenize(
-    rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, split: str, keep_columns: bool = False
-) -> Dataset:
-    """Return a memory-mapped data set of one column, "input_ids"; made once, then read from the cache.
-
-    With `keep_columns` the columns of the rows stand beside it.
-    """
+def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, split: str) -> Dataset:
+    """Return a memory-mapped data set, the rows with a column "input_ids"; made once, then read from the cache."""
     columns = ["text", "label"] if text_format.has_label else ["text"]
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # of the last use, without effect on `encode`
@@ -89,11 +84,8 @@ def tokenize(
             encode_batch,
             batched=True,
             input_columns=columns,
-            remove_columns=None if keep_columns else rows.column_names,
-            features=Features((rows.features if keep_columns else {}) | {"input_ids": datasets.List(Value("int32"))}),
-            new_fingerprint=fingerprint(
-                fingerprint_of(rows), json.dumps(vocabulary), repr(text_format), "kept" if keep_columns else ""
-            ),
+            features=Features(rows.features | {"input_ids": datasets.List(Value("int32"))}),
+            new_fingerprint=fingerprint(fingerprint_of(rows), json.dumps(vocabulary), repr(text_format), "kept"),
         )
 
 

@@ -101,7 +101,7 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
     model.eval()
     text_model = TextModel(model, tokenizer, text_format)
 
-    rows = tokenize(splits["test"], tokenizer, text_format, "test", keep_columns=True)
+    rows = tokenize(splits["test"], tokenizer, text_format, "test")
     batch_size = config.per_device_eval_batch_size
     evaluation = evaluate(text_model, rows, runtime, batch_size)
     assert evaluation

@@ -83,6 +83,17 @@ class GradientMonitor:
         self.is_on = False
         self._hooks: list[RemovableHandle] = []
 
+    @torch.no_grad()
+    def weights_at_start(self) -> dict[str, float]:
+        """Return the norms of the weights as they are, by tag; none if nothing is to be measured."""
+        if not self.every:
+            return {}
+        norms = {place: _norm([whole(p) for p in parameters]) for place, parameters in self.groups.items()}
+        values = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
+        for name in self.blocks:
+            values[name] = math.hypot(*(values[place] for place in self.groups if place[:3] == name))
+        return {f"weight_norm/{place}": value for place, value in values.items() if math.isfinite(value)}
+
     @contextlib.contextmanager
     def watching(self, step: Step) -> Iterator[None]:
         """Measure, if it is time to, the step that is computed and applied in this context."""

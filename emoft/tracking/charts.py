@@ -1,5 +1,22 @@
 """What TensorBoard shows: the tags and what they mean, the diagnosis under Custom Scalars, the heat map, the guide."""
 
+from emoft.gradients.thresholds import (
+    CLIPPED_NORM,
+    CLIPPED_SHARE,
+    DEPTH_RATIO,
+    DISTINCT_SHARE,
+    DIVERGED,
+    EPOCHS,
+    EVALUATION_RISE,
+    FIRST_LOSS,
+    LEAST_ALIGNED,
+    OVERLAP,
+    SATURATION,
+    UPDATE_TOO_LARGE,
+    UPDATE_TOO_SMALL,
+    WEIGHT_GROWTH,
+)
+
 # Where each figure of a log entry stands, and what TensorBoard says of it.
 TAGS = {
     "loss": ("train/loss", "Mean cross-entropy of the target tokens since the last entry, in nats."),
@@ -7,6 +24,10 @@ TAGS = {
     "unigram_entropy": (
         "train/unigram_entropy",
         "Loss of a model that knows how frequent each token is and nothing else, in nats. A constant, to compare with.",
+    ),
+    "uniform_loss": (
+        "train/uniform_loss",
+        "ln V: loss of a model for which all V tokens are equally likely, in nats. A constant, to compare with.",
     ),
     "label_alignment": (
         "train/label_alignment",
@@ -22,6 +43,17 @@ TAGS = {
     "learning_rate": ("train/learning_rate", "AdamW's learning rate in this step."),
     "loss_scale": ("train/loss_scale", "fp16 only: what the loss is multiplied by before backward."),
     "skipped_steps": ("train/skipped_steps", "fp16 only: steps so far that changed nothing because of an overflow."),
+    "distinct_texts": ("data/distinct_texts", "Share of train's examples that are not a repetition, token by token."),
+    "emotions": ("data/emotions", "Emotions that train holds."),
+    "emotion_by_words": (
+        "data/emotion_by_words",
+        "Share of train's texts whose emotion naive Bayes tells, which has seen others of them. No training is needed.",
+    ),
+    "largest_emotion": ("data/largest_emotion", "Share of these texts that have the most frequent emotion."),
+    "emotions_asked": ("data/emotions_asked", "Number of these texts."),
+    "dropout": ("model/dropout", "The highest dropout probability in the model."),
+    "width": ("model/width", "Numbers in a token's vector (n_embd)."),
+    "positions": ("model/positions", "Positions that the model knows (n_positions)."),
     "nonfinite_steps": ("train/nonfinite_steps", "Steps so far whose loss or gradient was infinite or NaN."),
     "epoch": ("train/epoch", "Passes over the train split."),
     "samples_per_second": ("speed/samples_per_second", "Examples a second, without evaluation, saving and sampling."),
@@ -40,6 +72,12 @@ TAGS = {
         "Share of the validation split's texts whose emotion is the one under which the model finds them likeliest.",
     ),
     "eval_macro_f1": ("eval/macro_f1", "Mean over emotions of the F1 score of the same predictions."),
+    "eval_largest_emotion": (
+        "eval/largest_emotion",
+        "Share of those texts that have the most frequent emotion: the accuracy of always saying that.",
+    ),
+    "eval_classified": ("eval/classified", "Number of those texts."),
+    "eval_overlap": ("eval/overlap", "Share of the validation split's texts that train holds too, or nearly so."),
     "eval_loss_without_overlap": ("eval/loss_without_overlap", "eval/loss of the texts that train does not hold too."),
 }
 GROUPS = {
@@ -84,33 +122,38 @@ LAYOUT = {
     },
 }
 
-GUIDE = """
+GUIDE = f"""
 Open **Custom Scalars** first: its four groups ask four questions in this order. `python -m emoft.gradients RUN_DIR`
-reads the same figures and says in words what is wrong.
+reads the same figures, by the same thresholds, and says in words what is wrong and what follows from what.
 
 | chart | healthy | if not | change |
 | --- | --- | --- | --- |
-| `train/loss`, `eval/loss` | both fall, and end well below `train/unigram_entropy` | no fall: labels or learning rate \
-| `--learning_rate`, `--template` |
-| | | `eval/loss` rises while `train/loss` falls: it learns the texts by heart | fewer epochs, \
-`--early_stopping_patience` |
-| `eval/emotion_accuracy`, `IMAGES: confusion` | a bright diagonal | a row is bright elsewhere: that emotion is taken \
-for another | more examples of it, `--num_train_epochs` |
-| `train/label_alignment` | 1 | below 1: labels are shifted by none, or twice | the code that shifts them |
-| `gradient_norm/hNN` | all blocks within a factor of 100, steady | falls towards h00: vanishing; grows: exploding \
-| `--warmup_steps`, a smaller `--learning_rate` |
-| `IMAGES: gradient_norm_by_block` | one color from top to bottom, changing slowly | a dark row: a block that gets no \
-gradient; a bright column: a bad batch | look at the texts of that step |
-| `update_ratio/hNN` | near -3, between -5 and -2 | above -2: too large; below -5: hardly moves; -12: frozen \
-| `--learning_rate` |
-| `train/clipped_share` | mostly below 0.5 | near 1, with norms far above the limit: all steps are equally long | \
-`--max_grad_norm`, \
-`--learning_rate` |
+| `train/loss`, `eval/loss` | both fall, and end well below `train/unigram_entropy`; the first is at most \
+{FIRST_LOSS} times `train/uniform_loss` | no fall: labels or learning rate | `--learning_rate`, `--template` |
+| | | `eval/loss` rises more than {EVALUATION_RISE:.0%} while `train/loss` falls: it learns the texts by heart | fewer \
+epochs, `--early_stopping_patience` |
+| | | rises above {DIVERGED} times its lowest: it diverges | `--learning_rate`, `--warmup_steps` |
+| `eval/emotion_accuracy`, `IMAGES: confusion` | above `eval/largest_emotion` after {EPOCHS} epochs; a bright diagonal \
+| a row is bright elsewhere: that emotion is taken for another | more examples of it, `--label_contrast 0.2` |
+| `train/label_alignment` | 1 | below {LEAST_ALIGNED}: labels are shifted by none, or twice | the code that shifts \
+them |
+| `data/distinct_texts`, `eval/overlap` | above {DISTINCT_SHARE}; below {OVERLAP} | texts are there again and again; \
+the evaluation is on train's texts | the files, `--drop_duplicates` |
+| `gradient_norm/hNN` | the first block within a factor of {DEPTH_RATIO:.0f} of the last | falls towards h00: \
+vanishing; grows: exploding | `--warmup_steps`, a smaller `--learning_rate` |
+| `IMAGES: gradient_norm_by_block` | colors change slowly from step to step | a row without color: a block that gets \
+no gradient; a bright column: a bad batch | look at the texts of that step |
+| `update_ratio/hNN` | between {UPDATE_TOO_SMALL:g} and {UPDATE_TOO_LARGE:g}: near -3 in fine-tuning, near -2 from \
+random weights | above: too large; below: hardly moves; -12: frozen | `--learning_rate` |
+| `weight_norm/hNN` | grows to less than {WEIGHT_GROWTH} times its first | grows more: the steps are too large; \
+shrinks: weight decay | `--learning_rate`, `--weight_decay` |
+| `train/clipped_share` | any, as long as `train/grad_norm` is below {CLIPPED_NORM:g} times the limit | above, at more \
+than {CLIPPED_SHARE:.0%} of the steps: all steps are equally long | `--max_grad_norm`, `--learning_rate` |
 | `train/nonfinite_steps` | 0 | see `nonfinite` on this page and nonfinite-STEP.json | what the report names |
-| `signal_to_noise/*` | between 0.2 and 1 | above 3: steps are smaller than they could be | `--learning_rate` |
+| `signal_to_noise/*` | below 3 | above 3: steps are smaller than they could be | `--learning_rate` |
 | `gradient_zeros/*` | near 0, but for `wpe` | grows: values vanish in fp16, or units are dead | \
 `--mixed_precision bf16` |
-| `activation_saturation/hNN` | below 0.5 | near 1: the MLP's units are dead | a smaller `--learning_rate` |
+| `activation_saturation/hNN` | below {SATURATION} | above: the MLP's units are dead | a smaller `--learning_rate` |
 | `gradient_norm/wte.touched`, `.others` | touched above others | the head sends gradient to every row of the \
 embedding, the texts only to those they hold | |
 

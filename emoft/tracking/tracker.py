@@ -10,11 +10,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GPT2Config
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from emoft.config import TrainConfig
 from emoft.data.batching import target_tokens
+from emoft.data.duplicates import distinct_share
+from emoft.data.label_information import told_by_words
 from emoft.data.steps import Step
 from emoft.distributed.world import World
 from emoft.errors import warn
@@ -180,11 +183,12 @@ class Tracker:
             self._log({**figures, **speed})
             beside = {
                 "train/unigram_entropy": self.unigram_entropy,
+                "train/uniform_loss": math.log(self.shape.vocab_size),
                 "train/nonfinite_steps": run.nonfinite_steps,
                 "train/max_grad_norm": self.config.max_grad_norm or math.nan,
                 "train/label_alignment": self._step.aligned_share() if self._step else math.nan,
             }
-            self.events.add_scalars(beside, run.step)
+            self.events.add_scalars({tag: value for tag, value in beside.items() if not math.isnan(value)}, run.step)
             self.bar.log(
                 loss,
                 speed["samples_per_second"],
@@ -193,6 +197,25 @@ class Tracker:
                 metrics.get("learning_rate"),
             )
             run.logged = {name: getattr(run, name) for name in (*SUMS, "step")}
+
+    def log_start(self, model: GPT2LMHeadModel, weights: dict[str, float]) -> None:
+        """Show what a run begins with: the shape of the model, and the norms of its weights by tag."""
+        setting = {
+            "width": self.shape.n_embd,
+            "positions": self.shape.n_positions,
+            "dropout": max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0),
+        }
+        self.events.add_scalars({TAGS[name][0]: value for name, value in setting.items()} | weights, self.run.step)
+
+    def log_data(self, train_rows: Dataset) -> None:
+        """Show what can be told of the train split without a model: repetitions, and whether its labels fit."""
+        setting: dict[str, float] = {"distinct_texts": distinct_share(train_rows)}
+        if "label" in train_rows.column_names:
+            labels = train_rows["label"][:]
+            setting["emotions"] = len(set(labels))
+            told, largest, asked = told_by_words(train_rows["text"][:], labels)
+            setting |= {"emotion_by_words": told, "largest_emotion": largest, "emotions_asked": asked}
+        self.events.add_scalars({TAGS[name][0]: value for name, value in setting.items()}, self.run.step)
 
     def log_evaluation(self, evaluation: Evaluation) -> bool:
         """Log an evaluation.
@@ -217,6 +240,8 @@ class Tracker:
         """Log how well emotions are told apart, and the confusion matrix, by the model as it is now."""
         step = self.run.step
         self._log({f"eval_{name}": value for name, value in classification.figures().items()})
+        sizes = classification.confusion.sum(1)  # of each true emotion
+        self.events.add_scalars({TAGS["eval_largest_emotion"][0]: sizes.max() / max(1, sizes.sum())}, step)
         self.events.add_image("confusion", confusion_map(classification.labels, classification.confusion), step)
         self.events.add_text("confusion", classification.table(), step)
 

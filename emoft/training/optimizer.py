@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from emoft.config import TrainConfig
 from emoft.distributed.parallel import whole
-from emoft.errors import UserError
+from emoft.training.schedule import count_warmup_steps, schedule_factor
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
@@ -35,35 +35,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     )
 
 
-def count_warmup_steps(warmup_steps: float, total_steps: int) -> int:
-    """Return the warmup in steps, of a count or a share below 1.
-
-    Raises:
-        UserError: the warmup is longer than the run.
-    """
-    steps = math.ceil(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
-    if steps > total_steps:
-        raise UserError(
-            f"--warmup_steps {steps} is longer than the run of {total_steps} steps: lower it, or give a share below 1"
-        )
-    return steps
-
-
 def build_schedule(optimizer: Optimizer, config: TrainConfig, total_steps: int) -> LambdaLR:
-    """Return the schedule of the learning rate: a linear rise from 0, then linear, cosine or no decay to 0."""
+    """Return the schedule of the learning rate: see `schedule_factor`."""
     warmup_steps = count_warmup_steps(config.warmup_steps, total_steps)
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return step / warmup_steps
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        if config.lr_scheduler_type == "linear":
-            return max(0.0, 1.0 - progress)
-        if config.lr_scheduler_type == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return 1.0
-
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, lambda step: schedule_factor(config.lr_scheduler_type, step, warmup_steps, total_steps))
 
 
 def clip_in_next_step(optimizer: Optimizer, max_grad_norm: float) -> Tensor:

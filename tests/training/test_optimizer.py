@@ -13,9 +13,9 @@ from emoft.training.optimizer import (
     build_optimizer,
     build_schedule,
     clip_in_next_step,
-    count_warmup_steps,
     skip_next_step_if,
 )
+from emoft.training.schedule import count_warmup_steps
 
 
 def rates(total_steps: int, **settings: object) -> list[float]:

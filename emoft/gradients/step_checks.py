@@ -1,0 +1,293 @@
+"""Checks of the optimization steps: that they are finite, and of the size that they should be."""
+
+import math
+import re
+import statistics
+
+from emoft.gradients.finding import Finding, list_steps
+from emoft.gradients.names import NO_UPDATE
+from emoft.gradients.record import CannotCheckError, Record
+from emoft.gradients.thresholds import (
+    ACTIVATION_GROWTH,
+    CLIPPED_NORM,
+    CLIPPED_SHARE,
+    DIVERGED,
+    ENTRIES,
+    SCHEDULE_ERROR,
+    SKIPPED_SHARE,
+    UPDATE_JUMP,
+    UPDATE_TOO_LARGE,
+    UPDATE_TOO_SMALL,
+    WEIGHT_DECAY,
+    WEIGHT_GROWTH,
+    WEIGHT_LOSS,
+)
+from emoft.training.schedule import count_warmup_steps, schedule_factor
+
+
+def check_finite(record: Record) -> list[Finding]:
+    """Steps whose loss or gradient was not finite."""
+    tag = "train/nonfinite_steps"
+    counts = record.points(tag)
+    before = [0.0, *(count for _, count in counts)]
+    steps = [step for (step, count), last in zip(counts, before, strict=False) if count > last]
+    if not steps:
+        return []
+    text = f"{list_steps(steps)} had a loss or gradient that was not finite"
+    if fault := next(iter(record.faults), None):
+        text += f": {_where_it_began(fault)}"
+    return [Finding("not_finite", text, tag, steps, counts[-1][1], 0)]
+
+
+def _where_it_began(fault: dict[str, object]) -> str:
+    """Put the report of a bad step into words, with what to change."""
+    module = _short(str(fault.get("module", "")))
+    parameters = fault.get("parameters_not_finite")
+    if isinstance(parameters, list) and parameters:
+        return f"the weights {_short(str(parameters[0]))} are not finite. Start from sound ones"
+    found = fault.get("found")
+    if found == "loop":
+        return "it began in train.py itself, behind the model, whose logits are finite. Look at the loop's own lines"
+    if found == "nowhere":
+        return "it did not come again when the step was repeated: the device may be faulty"
+    texts, at_fault = fault.get("texts"), fault.get("examples_at_fault")
+    which = ""
+    if isinstance(texts, list) and isinstance(at_fault, list) and 0 < len(at_fault) < len(texts):
+        which = f", at the text {str(texts[at_fault[0]])[:60]!r}"
+    what = {"forward": "output", "backward": "gradient of the output"}.get(str(found), "gradient")
+    return (
+        f"it began in the {what} of {module}{which}. Lower --learning_rate, raise --warmup_steps, or leave such steps"
+        f" out by --on_nonfinite skip (all of it is in nonfinite-{fault['step']}.json)"
+    )
+
+
+def _short(name: str) -> str:
+    """Return a module's name as the charts have it: "h03.attn.c_proj"."""
+    name = re.sub(r"^transformer\.", "", name)
+    return re.sub(r"^h\.(\d+)", lambda match: f"h{int(match[1]):02}", name)
+
+
+def check_schedule(record: Record) -> list[Finding]:
+    """A learning rate that is not what the flags say."""
+    tag = "train/learning_rate"
+    points = record.points(tag)
+    flags, epochs = record.flags, dict(record.points("train/epoch"))
+    if "learning_rate" not in flags:
+        raise CannotCheckError("no train_config.yaml beside the run")
+    highest = float(flags["learning_rate"])
+    step, epoch = max((step, epochs[step]) for step in epochs if epochs[step] > 0)
+    total = int(flags["max_steps"])
+    if total <= 0:
+        total = math.ceil(float(flags["num_train_epochs"]) * round(step / epoch))
+    warmup = count_warmup_steps(float(flags["warmup_steps"]), total)
+    held = {step: sum(_last(record, name, step) for name in ("skipped_steps", "nonfinite_steps")) for step, _ in points}
+    expected = {
+        step: highest * schedule_factor(flags["lr_scheduler_type"], max(0, step - 1 - int(held[step])), warmup, total)
+        for step, _ in points
+    }
+    # A step or two more that were left out move it a little.
+    wrong = [(step, rate) for step, rate in points if abs(rate - expected[step]) > SCHEDULE_ERROR * highest]
+    if not wrong:
+        return []
+    step, rate = wrong[0]
+    asked = f"{flags['lr_scheduler_type']} from {highest:g}, {warmup} steps of warmup, {total} in all"
+    text = (
+        f"the learning rate is {rate:.2e} at step {step}, where the flags ({asked}) say {expected[step]:.2e}:"
+        " schedule.step() is not called once a step, or somebody sets the rate"
+    )
+    name = "learning_rate_jumps" if _jumps(points, expected, step) else "schedule_not_followed"
+    return [Finding(name, text, tag, [step for step, _ in wrong], rate, expected[step])]
+
+
+def _jumps(points: list[tuple[int, float]], expected: dict[int, float], step: int) -> bool:
+    """Whether the rate was right up to the entry before and is another by far from there on."""
+    before = [(at, rate) for at, rate in points if at < step]
+    if not before or not expected[step]:
+        return False
+    at, last = before[-1]
+    ratio = next(rate for each, rate in points if each == step) / expected[step]
+    return math.isclose(last, expected[at], rel_tol=0.05) and not 0.5 < ratio < 2
+
+
+def _last(record: Record, name: str, step: int) -> float:
+    curve = record.curves.get(f"train/{name}", {})
+    return max((value for at, value in curve.items() if at < step), default=0.0)
+
+
+def check_rate_too_high(record: Record) -> list[Finding]:
+    """Steps so large that weights, activations or the loss run away."""
+    losses = record.points("train/loss", ENTRIES, how="a smaller --logging_steps, or more steps")
+    evidence: list[tuple[int, str, str, float, float]] = []  # step, text, tag, figure, threshold
+    smooth = [statistics.median(loss for _, loss in losses[max(0, n - 1) : n + 2]) for n in range(len(losses))]
+    lowest = [min(smooth[: n + 1]) for n in range(len(smooth))]
+    rises = [n for n in range(len(smooth)) if smooth[n] > DIVERGED * lowest[n]]
+    if rises:
+        worst = max(rises, key=lambda n: smooth[n] / lowest[n])
+        step, loss, low = losses[rises[0]][0], smooth[worst], lowest[worst]
+        what = f"the loss rises from {low:.2f} to {loss:.2f} nats by step {losses[worst][0]}"
+        evidence.append((step, what, "train/loss", loss / low, DIVERGED))
+    for name in record.blocks:
+        moves = [point for point in record.points(f"update_ratio/{name}") if point[1] > NO_UPDATE]
+        large = [(step, move) for step, move in moves if move > UPDATE_TOO_LARGE]
+        if len(large) > len(moves) / 2:
+            step, move = large[0]
+            what = f"each step changes the weights of {name} by {10**move:.0%} (log10 {move:.1f}, healthy is near -3)"
+            evidence.append((step, what, f"update_ratio/{name}", move, UPDATE_TOO_LARGE))
+    evidence += _growth(record, "weight_norm", WEIGHT_GROWTH, "weights")
+    evidence += _growth(record, "activation_norm", ACTIVATION_GROWTH, "activations at the output")
+    if not evidence:
+        return []
+    by_tag = {tag.partition("/")[0]: each for each in sorted(evidence, reverse=True) for tag in [each[2]]}
+    told = sorted(by_tag.values())
+    step, _, tag, figure, threshold = told[0]
+    text = (
+        f"the learning rate is too high, seen from step {step} on: {'; '.join(what for _, what, *_ in told)}. Lower"
+        " --learning_rate, tenfold at first, or raise --warmup_steps"
+    )
+    return [Finding("learning_rate_too_high", text, tag, [step], figure, threshold)]
+
+
+def _growth(record: Record, kind: str, limit: float, what: str) -> list[tuple[int, str, str, float, float]]:
+    """Return the blocks in which a norm has grown beyond a limit, as evidence."""
+    found = []
+    for name in record.blocks:
+        tag = f"{kind}/{name}"
+        points = [(step, value) for step, value in sorted(record.curves.get(tag, {}).items()) if value > 0]
+        if len(points) < 2:
+            continue
+        first = points[0][1]
+        step = next((step for step, value in points if value > limit * first), None)
+        if step is not None:
+            last = points[-1][1]
+            text = (
+                f"the {what} of {name} grow from a norm of {first:.3g} to {last:.3g} (up to {limit:g} times is usual)"
+            )
+            found.append((step, text, tag, last / first, limit))
+    return found
+
+
+def check_rate_too_low(record: Record) -> list[Finding]:
+    """Steps that hardly move the weights."""
+    moves = {
+        name: statistics.median(values)
+        for name in record.measured_blocks()
+        if (values := [v for v in record.values(f"update_ratio/{name}", unit="measurements") if v > NO_UPDATE])
+    }
+    if not moves:
+        return []
+    middle = statistics.median(moves.values())
+    if middle >= UPDATE_TOO_SMALL:
+        return []
+    text = (
+        f"the steps are too small: each changes the weights by {10**middle:.5%} (log10 {middle:.1f}, healthy is near"
+        f" -3, below {UPDATE_TOO_SMALL:g} is too little). Raise --learning_rate"
+    )
+    tag = f"update_ratio/{min(moves, key=lambda name: moves[name])}"
+    return [Finding("learning_rate_too_low", text, tag, figure=middle, threshold=UPDATE_TOO_SMALL)]
+
+
+def check_update_jumps(record: Record) -> list[Finding]:
+    """Updates that become much larger or smaller from one measurement to the next, more than the schedule does."""
+    blocks = record.measured_blocks(3)
+    rates = record.curves.get("train/learning_rate", {})
+    moves = [record.curves.get(f"update_ratio/{name}", {}) for name in blocks]
+    middles = {
+        step: statistics.median(each.get(step, NO_UPDATE) for each in moves) for step in sorted(set().union(*moves))
+    }
+    points = [(step, move) for step, move in middles.items() if move > NO_UPDATE]
+    for (earlier, before), (step, after) in zip(points, points[1:], strict=False):
+        rate_before, rate_after = (
+            (rates[min(rates, key=lambda s: abs(s - at))] for at in (earlier, step)) if rates else (1, 1)
+        )
+        by_schedule = math.log10(rate_after / rate_before) if min(rate_before, rate_after) > 0 else 0.0
+        jump = after - before - by_schedule
+        if abs(jump) > UPDATE_JUMP:
+            text = (
+                f"from step {earlier} to {step} the updates become {10 ** abs(jump):,.0f} times as"
+                f" {'large' if jump > 0 else 'small'} (log10 {before:.1f} to {after:.1f}; the schedule explains"
+                f" {by_schedule:+.1f}): somebody changed the optimizer's learning rate, or gradients stopped coming"
+            )
+            return [Finding("learning_rate_jumps", text, f"update_ratio/{blocks[0]}", [step], abs(jump), UPDATE_JUMP)]
+    return []
+
+
+def check_warmup(record: Record) -> list[Finding]:
+    """A start without warmup that the loss or the weights do not stand."""
+    if "warmup_steps" not in record.flags:
+        raise CannotCheckError("no train_config.yaml beside the run")
+    if float(record.flags["warmup_steps"]) > 0:
+        return []
+    losses = record.points("train/loss", ENTRIES, how="a smaller --logging_steps, or more steps")
+    early = losses[: max(3, len(losses) // 5)]
+    highest = max(range(len(early)), key=lambda n: early[n][1])
+    if highest == 0 or early[highest][1] < DIVERGED * min(loss for _, loss in early[:highest]):
+        return []
+    step, loss = early[highest]
+    text = (
+        f"the loss rises to {loss:.2f} nats at step {step}, before it falls: the first steps are too large. Begin"
+        " gently, by --warmup_steps 0.1"
+    )
+    return [Finding("no_warmup", text, "train/loss", [step], loss, early[0][1])]
+
+
+def check_decay(record: Record) -> list[Finding]:
+    """Weight decay that takes away what is learned."""
+    flags = record.flags
+    if "weight_decay" not in flags:
+        raise CannotCheckError("no train_config.yaml beside the run")
+    share = float(flags["learning_rate"]) * float(flags["weight_decay"])
+    if share <= WEIGHT_DECAY:
+        return []
+    evidence = ""
+    for name in record.blocks:
+        points = sorted(record.curves.get(f"weight_norm/{name}", {}).items())
+        if points and points[-1][1] < WEIGHT_LOSS * points[0][1]:
+            evidence = f", and the weights of {name} shrink from a norm of {points[0][1]:.3g} to {points[-1][1]:.3g}"
+            break
+    text = (
+        f"weight decay takes {share:.2%} of each weight at every step (--learning_rate times --weight_decay; up to"
+        f" {WEIGHT_DECAY:.1%} is usual){evidence}. Lower --weight_decay to 0.1 or less"
+    )
+    return [
+        Finding(
+            "weights_decay",
+            text,
+            f"weight_norm/{record.blocks[0] if record.blocks else 'h00'}",
+            [],
+            share,
+            WEIGHT_DECAY,
+        )
+    ]
+
+
+def check_clipping(record: Record) -> list[Finding]:
+    """Clipping at nearly every step by a large factor, which makes all steps equally long."""
+    tag = "train/clipped_share"
+    shares, norms = record.values(tag), record.values("train/grad_norm")
+    limits = [value for value in record.curves.get("train/max_grad_norm", {}).values() if math.isfinite(value)]
+    if not limits or (share := statistics.fmean(shares)) <= CLIPPED_SHARE:
+        return []
+    norm = statistics.median(norms)
+    if norm <= CLIPPED_NORM * limits[-1]:
+        return []
+    text = (
+        f"{share:.0%} of the steps are clipped, to {limits[-1]:g} from a median of {norm:.3g} (up to {CLIPPED_NORM:g}"
+        f" times the limit is usual): raise --max_grad_norm to about {2 * norm:.2g}, or lower --learning_rate if the"
+        " loss is unsteady"
+    )
+    return [Finding("clipped_too_often", text, tag, [], norm / limits[-1], CLIPPED_NORM)]
+
+
+def check_skipped(record: Record) -> list[Finding]:
+    """fp16 steps dropped too often."""
+    tag = "train/skipped_steps"
+    if tag not in record.curves:
+        return []  # not fp16
+    step, count = record.points(tag)[-1]
+    if (share := count / step) <= SKIPPED_SHARE:
+        return []
+    text = (
+        f"fp16 dropped {share:.0%} of the steps (up to {SKIPPED_SHARE:.0%} is usual), because gradients overflowed: use"
+        " --mixed_precision bf16 or no"
+    )
+    return [Finding("skipped_too_often", text, tag, [], share, SKIPPED_SHARE)]
