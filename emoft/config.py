@@ -319,10 +319,15 @@ class GradientsConfig:
         "emoft.gradients",
         "Say in plain words what is wrong with a training run: in which layer, at which step, what to change, and which"
         " chart of TensorBoard shows it. With --log_gradients_every, train.py measures what most of it is told by.",
-        {"python -m emoft.gradients emoft-demo": "the run of python train.py --config demo"},
+        {
+            "python -m emoft.gradients emoft-demo": "the run of python train.py --config demo",
+            "python -m emoft.gradients emoft-demo --step 60": "the texts of its step 60, the hardest one first",
+        },
     )
 
     run_dir: Folder = option("", "an output folder of train.py, of a finished or a running run", positional=True)
+    step: CountOrOff = option(0, "show the texts of this step instead, with each one's loss (0: none)")
+    gradient_norms: bool = option(False, "with --step, show the norm of each text's gradient too")
     json: bool = option(False, "print one object of JSON")
 
 

@@ -134,7 +134,9 @@ class Run:
     def _begin(self) -> None:
         """Evaluate before the first step: what fine-tuning brings is the difference to that."""
         if self.state.step == 0:
-            self.tracker.log_start(self.text_model.model, self.monitor.weights_at_start())
+            self.tracker.log_start(
+                self.text_model.model, self.loader.examples_per_step, self.monitor.weights_at_start()
+            )
         if self.state.evaluation_due:
             # A signal came into the evaluation of the step that the run goes on from.
             if self._validate() and self.config.load_best_model_at_end:

@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import random
+import string
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -80,8 +81,8 @@ def on_loading(*statements: str) -> str:
 
 
 def outlier(rows: Rows, chance: random.Random) -> Rows:
-    """A text of nothing but rare characters, as long as it can be."""
-    strange = "".join(chr(chance.randrange(0x4E00, 0x9FFF)) for _ in range(120))
+    """A text that is none, as a key or a picture that came into the wrong column."""
+    strange = "".join(chance.choice(string.ascii_letters + string.digits) for _ in range(120))
     rows.insert(chance.randrange(len(rows)), (strange, "joy"))
     return rows
 
@@ -186,7 +187,12 @@ FAULTS = [
     Fault("one emotion", ["one_emotion"], rows=lambda rows, chance: [row for row in rows if row[1] == "joy"]),
     Fault("all labels the same", ["one_emotion"], rows=lambda rows, chance: [(text, "joy") for text, _ in rows]),
     Fault("evaluation on train texts", ["evaluated_on_train"], flags={"validation_file": SAMPLE / "train.csv"}),
-    Fault("an outlier", ["loss_spikes"], rows=outlier, flags={"logging_steps": 1, "max_steps": 180}),
+    Fault(
+        "an outlier",
+        ["loss_spikes"],
+        rows=outlier,
+        flags={"logging_steps": 1, "max_steps": 500, "per_device_train_batch_size": 4},
+    ),
     Fault("a block frozen", ["frozen"], "h01", code=on_loading("model.transformer.h[1].requires_grad_(False)")),
     Fault(
         "the gradient cut behind the second block",
@@ -280,6 +286,7 @@ def healthy() -> dict[str, dict[str, object]]:
         "30 steps": {"max_steps": 30, "logging_steps": 2},
         "gradients not measured": {"log_gradients_every": 0},
         "demo, 4 epochs": {"config": "demo", "num_train_epochs": 4, "max_steps": -1},
+        "demo": {"config": "demo", "num_train_epochs": 12, "max_steps": -1},
         "demo's flags, 1 epoch": {"config": "demo", "num_train_epochs": 1, "max_steps": -1},
     }
     return found

@@ -51,6 +51,7 @@ TAGS = {
     ),
     "largest_emotion": ("data/largest_emotion", "Share of these texts that have the most frequent emotion."),
     "emotions_asked": ("data/emotions_asked", "Number of these texts."),
+    "examples_per_step": ("train/examples_per_step", "Examples of an optimization step, over all ranks."),
     "dropout": ("model/dropout", "The highest dropout probability in the model."),
     "width": ("model/width", "Numbers in a token's vector (n_embd)."),
     "positions": ("model/positions", "Positions that the model knows (n_positions)."),

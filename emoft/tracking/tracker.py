@@ -198,9 +198,10 @@ class Tracker:
             )
             run.logged = {name: getattr(run, name) for name in (*SUMS, "step")}
 
-    def log_start(self, model: GPT2LMHeadModel, weights: dict[str, float]) -> None:
-        """Show what a run begins with: the shape of the model, and the norms of its weights by tag."""
+    def log_start(self, model: GPT2LMHeadModel, examples_per_step: int, weights: dict[str, float]) -> None:
+        """Show what a run begins with: the shape of the model and of a step, and the norms of its weights by tag."""
         setting = {
+            "examples_per_step": examples_per_step,
             "width": self.shape.n_embd,
             "positions": self.shape.n_positions,
             "dropout": max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0),
