@@ -206,7 +206,7 @@ def test_out_of_reach_and_nothing_in_the_cache(hub: Hub, tmp_path: Path, train_f
     env = online(tmp_path, hub.url if outage == "silent" else UNKNOWN_HOST)
     if outage == "HF_HUB_OFFLINE":
         env["HF_HUB_OFFLINE"] = "1"
-    data = [] if outage == "silent" else ["--train_file", train_file]
+    data = [] if outage == "silent" else ["--train_file", train_file, "--delimiter", ";"]
     with hub.silent():
         result = run_fresh("train.py", *data, cwd=tmp_path, timeout=60, **env)
     what = "--model_name_or_path gpt2" if data else "--dataset_name dair-ai/emotion"

@@ -114,7 +114,7 @@ def test_hostile_files_are_trained_on_or_refused_in_a_line_that_names_them(scrip
     [
         ("x.jsonl", '{"text": "a"}\n\nnull\n', "line 3 is no JSON object"),
         ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2: Expecting value"),
-        ("x.json", '[{"text": "a"},\n 5]', "row 2 is no JSON object"),
+        ("x.json", '[{"text": "a"},\n 5]', "line 2 is no JSON object"),
         ("x.json", "\ufeffnull", "line 1 is no JSON object"),  # ends the process in the library's reader
         ("x.json", "[" * 100_000, "line 1"),
         ("x.csv", '"', "line 1"),

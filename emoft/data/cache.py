@@ -1,0 +1,56 @@
+"""Where what was read and tokenized is kept for the next run: the cache of `datasets`, if it can be written."""
+
+import atexit
+import errno
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import datasets
+
+from emoft.errors import UserError, warn
+
+PART = 1 << 20  # bytes that are hashed at a time
+CURE = "set HF_HOME to a folder that can be written"
+
+
+def cache_dir() -> str:
+    """Return the folder of the cache; one that lasts as long as this process where the usual one cannot be written."""
+    return _writable(str(datasets.config.HF_DATASETS_CACHE))
+
+
+@functools.cache
+def _writable(usual: str) -> str:
+    try:
+        os.makedirs(usual, exist_ok=True)
+        with tempfile.TemporaryFile(dir=usual) as file:
+            file.write(bytes(PART))  # a full disk makes an empty file, and says so only then
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        folder = tempfile.mkdtemp(prefix="emoft-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        warn(
+            f"the cache in {usual} cannot be written ({error.strerror or error}): what is read is kept in {folder}"
+            f" until the end of this run; {CURE}"
+        )
+        return folder
+    return usual
+
+
+def content_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, by which the cache knows it: its time and size may be those of another one."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(PART):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def cache_fault(error: OSError) -> UserError:
+    """Return what to say of a cache that could not be written after all."""
+    what = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be used ({error.strerror or error})"
+    return UserError(f"the disk of the cache, {cache_dir()}, {what}: free some of it, or {CURE}")
