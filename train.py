@@ -29,7 +29,7 @@ from emoft.checkpoints.state import TrainingState, examples_per_step, load_state
 from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_splits
 from emoft.data.steps import StepLoader
-from emoft.data.tokens import check_room, checksum, tokenize
+from emoft.data.tokens import check_room, checksum, describe_cut, tokenize
 from emoft.distributed.parallel import exchange_gradients
 from emoft.distributed.world import World
 from emoft.gradients.monitor import GradientMonitor
@@ -60,6 +60,9 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
     model, tokenizer = load_model_and_tokenizer(config, texts)
     check_room(tokenizer, text_format)
     tokenized = {name: tokenize(rows, tokenizer, text_format, name) for name, rows in splits.items()}
+    for name, rows in tokenized.items():
+        if cut := describe_cut(rows, text_format, name):
+            print(cut)
     return TextModel(model, tokenizer, text_format), tokenized
 
 

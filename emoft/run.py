@@ -265,8 +265,9 @@ class Run:
         return evaluate(self.text_model, self.splits[split], self.runtime, batch_size, self.config.batching)
 
     def _classify(self, split: str) -> Classification | None:
-        """Let the model tell the emotions of a split; None without one, or without a template that names them."""
-        if split not in self.splits or not self.text_model.text_format.has_label:
+        """Let the model tell the emotions of a split; None without one, or without several that the template names."""
+        text_format = self.text_model.text_format
+        if split not in self.splits or not text_format.has_label or len(text_format.labels) < 2:
             return None
         return classify(self.text_model, self.splits[split], self.runtime, self.config.per_device_eval_batch_size)
 

@@ -19,6 +19,7 @@ from emoft.errors import UserError, warn
 csv.field_size_limit(2**31 - 1)  # a text may be longer than the module's 131,072 characters; it is cut to max_length
 JSON_ROW = 'write {"text": ...} for each example, one a line or all in one list'
 NULL_TEXTS = pa.types.is_null
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LOOKED_AT = 200  # lines of a text file that tell whether labels stand behind the texts
 Row = dict[str, str | None]
 
@@ -147,9 +148,8 @@ def guess_delimiter(path: Path) -> str:
 
 def _table_rows(path: Path, columns: Columns) -> Iterator[Row]:
     """All values of a .csv or .tsv file as they stand: a message "NA" or "1984" is a message."""
-    if len(columns.delimiter) != 1:
-        raise UserError(f"--delimiter {columns.delimiter!r} must be a single character for {path}")
-    reader = csv.reader(read_lines(path), delimiter=columns.delimiter, strict=True)
+    delimiter = _delimiter_of_table(path, columns)
+    reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
     names, examples, repeated = list(columns.names), 0, []
     try:
         if not names:
@@ -165,7 +165,7 @@ def _table_rows(path: Path, columns: Columns) -> Iterator[Row]:
             if len(values) != len(names):
                 raise UserError(
                     f"{path} line {reader.line_num} has {len(values)} fields instead of {len(names)}"
-                    f" ({', '.join(names)}): put a text that holds {columns.delimiter!r} between double quotes"
+                    f" ({', '.join(names)}): put a text that holds {delimiter!r} between double quotes"
                 )
             if [value.strip() for value in values] == names:
                 repeated.append(reader.line_num)
@@ -179,6 +179,22 @@ def _table_rows(path: Path, columns: Columns) -> Iterator[Row]:
         warn(f"{path}: line {repeated[0]} holds the names of columns once more, and is left out ({len(repeated)} such)")
     if not examples:
         raise UserError(f"{path} holds no example, only the names of columns: it needs at least one")
+
+
+def _delimiter_of_table(path: Path, columns: Columns) -> str:
+    """Return --delimiter, or what is usual for the format; that too if only then the header line names the columns.
+
+    A --delimiter that is meant for one file is given for all of them, and for those of a folder.
+    """
+    usual = DELIMITERS[path.suffix.lower()]
+    asked = columns.delimiter or usual
+    if len(asked) != 1:
+        raise UserError(f"--delimiter {asked!r} must be a single character for {path}")
+    if columns.names or asked == usual:
+        return asked
+    header = next((line for line in read_lines(path) if line.strip()), "")
+    by_usual = [name.strip() for name in next(csv.reader([header], delimiter=usual), [])]
+    return usual if asked not in header and set(columns.wanted) <= set(by_usual) else asked
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def read_splits(config: TrainConfig) -> tuple[dict[str, Dataset], TextFormat]:
         labels = raw["train"].classes or sorted(splits["train"].unique("label"))
         if alike := differ_in_case_only(labels):
             warn(f"emotions differ in upper and lower case only: {', '.join(alike)}; if they are one, write them alike")
+        if len(labels) == 1:
+            warn(f"all of train has one emotion, {labels[0]}: there is nothing to tell apart, and no accuracy to show")
         text_format = TextFormat(config.template, config.append_eos, config.max_length, labels)
     for split, rows in splits.items():
         if limit := config.max_train_samples if split == "train" else config.max_eval_samples:
@@ -113,7 +115,7 @@ def _read_file(config: DataConfig, flag: str, name: str, with_label: bool) -> So
     columns = Columns(
         config.text_column,
         config.label_column if with_label else "",
-        config.delimiter or {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower(), ""),
+        config.delimiter,
         tuple(config.column_names),
     )
     if columns.text == columns.label:

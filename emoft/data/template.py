@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
 
+from emoft.data.labels import clean_label
 from emoft.errors import UserError
 from emoft.files import FORMAT_FILE
 from emoft.suggestions import suggest
@@ -26,6 +27,8 @@ class TextFormat:
     labels: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.template, str):
+            raise ValueError(f"template is {self.template!r}, not a string")
         fields = template_fields(self.template)
         if "text" not in fields:
             raise UserError(f"--template {self.template!r} has no {{text}}: put {{text}} where the message belongs")
@@ -88,10 +91,16 @@ class TextFormat:
                     f"the template {self.template!r} names the emotion after the text, so it cannot steer what is"
                     " generated: give --prompt instead, or train with {label} before {text}"
                 )
+            label = self.known_label(label)
             if label not in self.labels:
                 near = suggest(label, self.labels)
                 raise UserError(f"no emotion {label!r} in this model{near}: choose from {', '.join(self.labels)}")
         return (self.split("text")[0].format(label=label) + text).rstrip()
+
+    def known_label(self, label: str) -> str:
+        """Return the label of the model that a user means, who may write blanks around it or compose it otherwise."""
+        cleaned = {clean_label(known): known for known in self.labels}
+        return label if label in self.labels else cleaned.get(clean_label(label), label)
 
     def prompts(self) -> dict[str, str]:
         """Return the prompt of each emotion; of a template that cannot be steered a single one, of the name "text"."""
@@ -108,6 +117,23 @@ class TextFormat:
         content = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
         (folder / FORMAT_FILE).write_text(content + "\n", encoding="utf-8")
 
+    def check_types(self) -> None:
+        """See that the fields hold what they should, which the file may have got from an editor.
+
+        Raises:
+            ValueError: one does not.
+        """
+        expected = {"append_eos": "true or false", "max_length": "a whole number above 0"}
+        is_right = {
+            "append_eos": isinstance(self.append_eos, bool),
+            "max_length": type(self.max_length) is int and self.max_length > 0,
+        }
+        for name, right in is_right.items():
+            if not right:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not {expected[name]}")
+        if not isinstance(self.labels, list) or not all(isinstance(label, str) for label in self.labels):
+            raise ValueError(f"labels is {str(self.labels)[:40]}, not a list of strings")
+
     @classmethod
     def load(cls, folder: Path) -> "TextFormat":
         """Read the format saved beside a model.
@@ -117,7 +143,9 @@ class TextFormat:
         """
         path = folder / FORMAT_FILE
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            found.check_types()
+            return found
         except FileNotFoundError:
             if not folder.is_dir():
                 raise UserError(

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import datasets
 import numpy as np
@@ -30,7 +31,12 @@ def fingerprint(*parts: str) -> str:
 
 
 def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) -> list[list[int]]:
-    """Return the token ids of filled templates: end-of-text appended if the format says so, then cut.
+    """Return the token ids of filled templates: end-of-text appended if the format says so, then cut."""
+    return [row[: text_format.max_length] for row in encode_whole(tokenizer, texts, text_format)]
+
+
+def encode_whole(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) -> list[list[int]]:
+    """Return the token ids of filled templates before they are cut; of very long ones only more than is kept.
 
     An "<|endoftext|>" that stands in a text is text: only the end of an example is taught to be an end.
     """
@@ -43,7 +49,7 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) 
         return_attention_mask=False,
         verbose=False,
     )["input_ids"]
-    return [(row + end)[: text_format.max_length] for row in rows]
+    return [row + end for row in rows]
 
 
 def most_characters(tokenizer: GPT2Tokenizer, max_length: int) -> int:
@@ -67,26 +73,53 @@ def check_room(tokenizer: GPT2Tokenizer, text_format: TextFormat) -> None:
 
 
 def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, split: str) -> Dataset:
-    """Return a memory-mapped data set, the rows with a column "input_ids"; made once, then read from the cache."""
+    """Return a memory-mapped data set, the rows with "input_ids" beside them; made once, then read from the cache.
+
+    A further column, "whole_tokens", says how many tokens each text has before it is cut.
+
+    Raises:
+        UserError: no text has a token that could be predicted.
+    """
     columns = ["text", "label"] if text_format.has_label else ["text"]
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # of the last use, without effect on `encode`
         vocabulary.pop(state)
 
-    def encode_batch(*values: list[str]) -> dict[str, list[list[int]]]:
+    def encode_batch(*values: list[str]) -> dict[str, list[Any]]:
         texts = [text_format.fill(*row) for row in zip(*values, strict=True)]
-        ids = encode(tokenizer, texts, text_format)
+        whole = encode_whole(tokenizer, texts, text_format)
         bar.advance(len(texts))
-        return {"input_ids": ids}
+        ids = [row[: text_format.max_length] for row in whole]
+        return {"input_ids": ids, "whole_tokens": [len(row) for row in whole]}
 
+    columns_added = {"input_ids": datasets.List(Value("int32")), "whole_tokens": Value("int32")}
     with Bar(f"Tokenizing {split}", "examples", len(rows)) as bar:
-        return rows.map(
+        tokenized = rows.map(
             encode_batch,
             batched=True,
             input_columns=columns,
-            features=Features(rows.features | {"input_ids": datasets.List(Value("int32"))}),
-            new_fingerprint=fingerprint(fingerprint_of(rows), json.dumps(vocabulary), repr(text_format), "kept"),
+            features=Features(rows.features | columns_added),
+            new_fingerprint=fingerprint(fingerprint_of(rows), json.dumps(vocabulary), repr(text_format), "whole"),
         )
+    if min(text_format.max_length, max(tokenized["whole_tokens"])) < 2:
+        raise UserError(
+            f"no text of {split} has a second token, and the first is never predicted: there is nothing to learn. Leave"
+            " --append_eos on, raise --max_length, or give longer texts"
+        )
+    return tokenized
+
+
+def describe_cut(rows: Dataset, text_format: TextFormat, split: str) -> str:
+    """Return in a line how many texts of a tokenized split are cut by --max_length; "" if none is."""
+    lengths = np.asarray(rows.with_format("arrow")[:]["whole_tokens"].to_numpy())
+    cut = int((lengths > text_format.max_length).sum())
+    if not cut:
+        return ""
+    none_ends = ", so that no text teaches where to end" if cut == len(lengths) and split == "train" else ""
+    return (
+        f"{split}: {cut:,} of {len(lengths):,} texts ({cut / len(lengths):.1%}) are cut by --max_length"
+        f" {text_format.max_length}{none_ends}; the longest has {lengths.max():,} tokens"
+    )
 
 
 def unigram_entropy(rows: Dataset) -> float:

@@ -13,7 +13,7 @@ from emoft.config import EvaluateConfig
 from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_evaluation_splits
 from emoft.data.template import TextFormat
-from emoft.data.tokens import tokenize
+from emoft.data.tokens import describe_cut, tokenize
 from emoft.distributed.world import World
 from emoft.errors import UserError, warn
 from emoft.evaluate.classification import Classification, classify, log_prior
@@ -102,6 +102,8 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
     text_model = TextModel(model, tokenizer, text_format)
 
     rows = tokenize(splits["test"], tokenizer, text_format, "test")
+    if (cut := describe_cut(rows, text_format, "test")) and not config.json:
+        print(cut)
     batch_size = config.per_device_eval_batch_size
     evaluation = evaluate(text_model, rows, runtime, batch_size)
     assert evaluation

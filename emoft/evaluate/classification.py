@@ -30,6 +30,7 @@ from emoft.model.loading import TextModel
 from emoft.training.runtime import Runtime
 
 PAIRS = 6_000  # of a text and a label, tokenized at a time
+UNKNOWN = "(unknown)"  # of a confusion matrix, the row of the texts whose emotion the model does not know
 MOST_LABELS = 100  # each costs another evaluation
 
 
@@ -64,6 +65,8 @@ class Classification:
             "macro_f1_interval": list(self.macro_f1_interval),
             "classified": len(self.cells),
         }
+        if UNKNOWN in self.labels:
+            figures["unknown_emotions"] = int(self.confusion[self.labels.index(UNKNOWN)].sum())
         return figures | (renamed(self.without_overlap.figures(), "_without_overlap") if self.without_overlap else {})
 
     def table(self) -> str:
@@ -163,8 +166,9 @@ def classify(
 ) -> Classification | None:
     """Classify the texts of a split and compare with their labels.
 
-    Texts whose label the model does not know are left out, with a warning. There is no result, with a warning, if there
-    are more than `MOST_LABELS` labels, or if the model computes infinite or NaN values.
+    A text whose label the model does not know cannot be told: it counts as wrong, with a warning. There is no result,
+    with a warning, if the model knows less than two labels, none of the texts', or more than `MOST_LABELS`, or if it
+    computes infinite or NaN values.
 
     Args:
         text_model: see `label_scores`.
@@ -181,18 +185,20 @@ def classify(
     if len(text_format.labels) > MOST_LABELS:
         warn(f"{len(text_format.labels)} labels, each of which costs an evaluation: texts are not classified")
         return None
+    if len(text_format.labels) < 2:
+        warn(f"the model knows one emotion, {', '.join(text_format.labels)}: there is nothing to tell apart")
+        return None
     known = {label: number for number, label in enumerate(text_format.labels)}
     which = np.array([label in known for label in rows["label"]], dtype=bool)
     if not which.all():
         unknown = sorted(set(rows["label"]) - set(known))
         warn(
-            f"{(~which).sum()} texts have labels that the model does not know ({', '.join(unknown[:5])}): they are not"
-            " classified"
+            f"{(~which).sum()} of {len(rows)} texts have emotions that the model does not know"
+            f" ({', '.join(unknown[:5])}): they count as wrong"
         )
     if not which.any():
+        warn("the model knows none of the texts' emotions: they are not classified")
         return None
-    in_train = overlap(rows)
-    rows = rows.select(np.flatnonzero(which))
     scores = label_scores(text_model, list(rows["text"]), runtime, batch_size)
     if scores is None:
         return None
@@ -200,8 +206,9 @@ def classify(
         warn("the model computes infinite or NaN values: texts are not classified")
         return None
     predicted = (scores if prior is None else scores + prior).argmax(1)
-    true = np.array([known[label] for label in rows["label"]])
-    return compare(text_format.labels, true, predicted, None if in_train is None else in_train[which])
+    true = np.array([known.get(label, len(known)) for label in rows["label"]])
+    labels = text_format.labels if which.all() else [*text_format.labels, UNKNOWN]
+    return compare(labels, true, predicted, overlap(rows))
 
 
 def compare(

@@ -350,6 +350,8 @@ class Tracker:
             after = classifications[max(classifications)]
             figures |= _before_and_after(CLASSIFIED, classifications.get(0), after)
             figures["classified"] = after["eval_classified"]
+            if unknown := after.get("eval_unknown_emotions"):
+                figures["unknown_emotions"] = unknown  # of them, and counted as wrong
         return figures
 
 

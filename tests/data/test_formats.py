@@ -355,3 +355,15 @@ class TestFolders:
         (tmp_path / "README.md").write_text("nothing")
         with pytest.raises(UserError, match="put files such as train.csv into it"):
             self.read(tmp_path)
+
+
+def test_a_delimiter_of_another_file_is_not_forced_on_a_table(tmp_path: Path) -> None:
+    """--delimiter is one flag for all files."""
+    write(tmp_path / "a.csv", ROWS)
+    write(tmp_path / "b.txt", ROWS)
+    flags = config(tmp_path / "b.txt", validation_file=str(tmp_path / "a.csv"))
+    splits, _ = read_splits(flags)
+    assert list(splits["train"]) == list(splits["validation"]) == ROWS
+    (tmp_path / "c.csv").write_text("text;label\nso, well;joy\n")
+    assert read(tmp_path / "c.csv", delimiter=";") == [{"text": "so, well", "label": "joy"}]
+    assert "no column 'text', only 'text;label'" in refusal(tmp_path / "c.csv")

@@ -1,3 +1,5 @@
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,31 @@ def test_round_trip(tmp_path: Path) -> None:
     text_format = TextFormat("{label}: {text} ភាសា", append_eos=False, max_length=7, labels=["joy", "ភ័យ"])
     text_format.save(tmp_path)
     assert TextFormat.load(tmp_path) == text_format
+
+
+@pytest.mark.parametrize("written", [" joy", "joy ", "jo\u200by", "\ufeffjoy"])
+def test_an_emotion_is_known_however_it_is_written(written: str) -> None:
+    assert CONDITIONAL.prompt(written) == "joy:"
+    assert TextFormat("{label}: {text}", labels=[" joy", "d\u00e9gout"]).prompt("joy") == " joy:", "of an older model"
+    assert TextFormat("{label}: {text}", labels=["d\u00e9gout"]).prompt("de\u0301gout") == "d\u00e9gout:"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("max_length", "64", "max_length is '64', not a whole number above 0"),
+        ("max_length", 0, "not a whole number"),
+        ("max_length", True, "not a whole number"),
+        ("append_eos", "yes", "append_eos is 'yes', not true or false"),
+        ("template", 3, "template is 3, not a string"),
+        ("labels", [1, 2], "not a list of strings"),
+        ("labels", "joy", "not a list of strings"),
+        ("labels", None, "not a list of strings"),
+        ("more", 1, "more"),
+    ],
+)
+def test_a_file_that_was_edited_wrongly_is_one_line(tmp_path: Path, field: str, value: object, told: str) -> None:
+    content = {"template": "{label}: {text}", "append_eos": True, "max_length": 64, "labels": ["joy"]}
+    (tmp_path / "emoft.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(UserError, match=re.escape(told)):
+        TextFormat.load(tmp_path)

@@ -11,7 +11,7 @@ from transformers import GPT2Tokenizer
 from emoft.config import TrainConfig
 from emoft.data.reading import read_splits
 from emoft.data.template import TextFormat
-from emoft.data.tokens import check_room, checksum, encode, tokenize, unigram_entropy
+from emoft.data.tokens import check_room, checksum, describe_cut, encode, tokenize, unigram_entropy
 from emoft.errors import UserError
 
 
@@ -58,11 +58,11 @@ TELLING = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 import emoft.data.tokens
-encode = emoft.data.tokens.encode
+encode = emoft.data.tokens.encode_whole
 def told(tokenizer, texts, text_format):
     print("tokenizing", len(texts))
     return encode(tokenizer, texts, text_format)
-emoft.data.tokens.encode = told
+emoft.data.tokens.encode_whole = told
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """
 
@@ -107,3 +107,33 @@ def test_what_stands_before_a_text_must_leave_room(tiny_model: Path) -> None:
     check_room(tokenizer, TextFormat("{label}: {text}", True, longest + 1, labels))
     with pytest.raises(UserError, match=f"--max_length {longest} leaves no room.*'an emotion of many tokens:'"):
         check_room(tokenizer, TextFormat("{label}: {text}", True, longest, labels))
+
+
+@pytest.fixture
+def split(tiny_model: Path) -> Callable[..., Dataset]:
+    def tokenized(texts: list[str], text_format: TextFormat) -> Dataset:
+        rows = Dataset.from_dict({"text": texts})
+        return tokenize(rows, GPT2Tokenizer.from_pretrained(tiny_model), text_format, "train")
+
+    return tokenized
+
+
+def test_cut_texts_are_told(split: Callable[..., Dataset], tiny_model: Path) -> None:
+    texts = ["i feel fine", "i feel sad " * 5, "i feel " * 9]
+    longest = max(map(len, GPT2Tokenizer.from_pretrained(tiny_model)(texts)["input_ids"])) + 1
+    roomy, narrow, tight = (TextFormat("{text}", max_length=length) for length in (100, 12, 3))
+    assert describe_cut(split(texts, roomy), roomy, "train") == ""
+    assert describe_cut(split(texts, narrow), narrow, "train") == (
+        f"train: 2 of 3 texts (66.7%) are cut by --max_length 12; the longest has {longest} tokens"
+    )
+    assert "3 of 3 texts (100.0%) are cut by --max_length 3, so that no text teaches where to end" in describe_cut(
+        split(texts, tight), tight, "train"
+    )
+
+
+@pytest.mark.parametrize("text_format", [TextFormat("{text}", append_eos=False), TextFormat("{text}", max_length=1)])
+def test_texts_without_a_target_are_refused(split: Callable[..., Dataset], text_format: TextFormat) -> None:
+    with pytest.raises(UserError, match="no text of train has a second token"):
+        split(["a", "b", "c"], text_format)
+    if not text_format.append_eos:
+        assert len(split(["a", "i feel fine"], text_format)) == 2

@@ -136,13 +136,21 @@ def test_a_prior_can_decide(parts) -> None:
     assert shares == pytest.approx([0.8, 0.2])
 
 
-def test_unknown_labels_are_left_out(parts, capsys: pytest.CaptureFixture[str]) -> None:
-    model, tokenizer = parts
+def test_unknown_labels_count_as_wrong(parts, capsys: pytest.CaptureFixture[str]) -> None:
+    text_model = TextModel(*parts, TextFormat("{label}: {text}", True, 100, ["joy", "anger"]))
     rows = Dataset.from_dict({"text": TEXTS[:3], "label": ["joy", "envy", "joy"]})
-    text_format = TextFormat("{label}: {text}", True, 100, ["joy", "anger"])
-    assert classify(TextModel(model, tokenizer, text_format), rows, RUNTIME, 8).confusion.sum() == 2
-    assert "1 texts have labels" in capsys.readouterr().err
-    assert classify(TextModel(model, tokenizer, text_format), rows.select([1]), RUNTIME, 8) is None
+    found = classify(text_model, rows, RUNTIME, 8)
+    assert "1 of 3 texts have emotions that the model does not know (envy)" in capsys.readouterr().err
+    assert found.labels == ["joy", "anger", "(unknown)"]
+    assert found.confusion.sum(1).tolist() == [2, 0, 1]
+    assert found.accuracy == found.confusion[0, 0] / 3
+    figures = found.figures()
+    assert (figures["classified"], figures["unknown_emotions"]) == (3, 1)
+    known = classify(text_model, rows.select([0, 2]), RUNTIME, 8).figures()
+    assert "unknown_emotions" not in known
+    assert known["emotion_accuracy"] == pytest.approx(1.5 * figures["emotion_accuracy"])
+    assert classify(text_model, rows.select([1]), RUNTIME, 8) is None
+    assert "none of the texts' emotions" in capsys.readouterr().err
 
 
 def test_with_and_without_what_train_holds_too() -> None:
@@ -158,7 +166,7 @@ def test_the_overlap_is_that_of_the_texts_that_are_classified(parts) -> None:
     rows = Dataset.from_dict({"text": TEXTS[:3], "label": ["envy", "joy", "joy"], "in_train": [True, True, False]})
     text_format = TextFormat("{label}: {text}", True, 100, ["joy", "anger"])
     figures = classify(TextModel(*parts, text_format), rows, RUNTIME, 8).figures()
-    assert (figures["classified"], figures["classified_without_overlap"]) == (2, 1)
+    assert (figures["classified"], figures["classified_without_overlap"]) == (3, 1)
 
 
 def test_what_is_not_classified_says_why(parts, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +175,9 @@ def test_what_is_not_classified_says_why(parts, capsys: pytest.CaptureFixture[st
     many = TextFormat("{label}: {text}", True, 100, ["joy", *map(str, range(100))])
     assert classify(TextModel(model, tokenizer, many), rows, RUNTIME, 8) is None
     assert "101 labels" in capsys.readouterr().err
+    single = TextFormat("{label}: {text}", True, 100, ["joy"])
+    assert classify(TextModel(model, tokenizer, single), rows, RUNTIME, 8) is None
+    assert "one emotion, joy: there is nothing to tell apart" in capsys.readouterr().err
     broken = GPT2LMHeadModel(model.config).eval()
     use_packed_attention(broken)
     broken.transformer.ln_f.weight.data[0] = np.nan
