@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from emoft.benchmark.config import BenchmarkConfig
-from emoft.config import EvaluateConfig, GenerateConfig, TrainConfig
+from emoft.config import EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "emoft" / "docs").glob("*.md"))]
@@ -23,12 +23,13 @@ def test_it_is_short_and_begins_with_the_two_commands() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=[path.name for path in PAGES])
 def test_every_flag_it_names_exists(page: Path) -> None:
-    configs = (TrainConfig, GenerateConfig, EvaluateConfig, BenchmarkConfig)
+    configs = (TrainConfig, GenerateConfig, EvaluateConfig, BenchmarkConfig, GradientsConfig)
     known = {"config", "help"}.union(*(config.__dataclass_fields__ for config in configs))
     known |= {f"no_{name}" for name in known}
     others = {"logdir", "samples_per_plugin"}  # of tensorboard
     others |= {"standalone", "nnodes", "nproc_per_node", "max_restarts", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
     others |= {"shutdown_timeout"}
+    others |= {"tuning"}  # of tests/faults.py
     others |= {"nodes", "ntasks", "gpus", "cpus", "signal", "requeue"}  # of Slurm
     named = set(re.findall(r"--([a-z_]+)", page.read_text(encoding="utf-8")))
     assert named - known - others == set()
