@@ -29,7 +29,8 @@ from emoft.model.generation import (
     generate_batch,
 )
 from emoft.model.kernels import use_fast_kernels
-from emoft.model.loading import load_model, load_tokenizer
+from emoft.model.loading import check_fit, load_model
+from emoft.model.tokenizer import load_tokenizer
 from emoft.terminal import progress
 from emoft.training.precision import Precision, choose_device
 
@@ -62,6 +63,7 @@ def main(config: GenerateConfig, prompts: list[str]) -> int:
             warn(f"--{changed[0]} shapes random draws, and there are none: add --do_sample")
     tokenizer = load_tokenizer(config.model_name_or_path)
     model = load_model(config.model_name_or_path)
+    check_fit(model, tokenizer)
     texts = 1 if config.interactive else min(config.batch_size, len(prompts) * config.num_return_sequences)
     precision = choose_generation_precision(config.mixed_precision, choose_device(config.use_cpu), texts)
     model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types

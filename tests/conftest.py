@@ -186,7 +186,8 @@ def validation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random GPT-2 of 2 blocks, 32 wide, dropout on, and a tokenizer of 400 tokens."""
-    from emoft.model.loading import fresh_model, train_tokenizer
+    from emoft.model.loading import fresh_model
+    from emoft.model.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer([f"Emotion: {text}" for text, _ in SENTENCES], 400)

@@ -121,7 +121,8 @@ def main(cases: int, scripts: WarmScripts, model: Path, folder: Path) -> dict[st
 
 def tiny_model(folder: Path) -> Path:
     """Write a model of one block, 8 wide."""
-    from emoft.model.loading import fresh_model, train_tokenizer
+    from emoft.model.loading import fresh_model
+    from emoft.model.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["any text"], 300)
     fresh_model("n_layer=1,n_embd=8,n_head=1,n_positions=64", tokenizer).save_pretrained(folder)

@@ -201,7 +201,7 @@ class TestModels:
     def test_with_a_tokenizer_that_does_not_belong(
         self, train: Callable[..., Result], folder: Path, tmp_path: Path
     ) -> None:
-        from emoft.model.loading import train_tokenizer
+        from emoft.model.tokenizer import train_tokenizer
 
         train_tokenizer(["a b c d e f"] * 9, 260).save_pretrained(tmp_path / "small")
         assert train(f"--tokenizer_name={tmp_path / 'small'}", "--output_dir=out1").code == 0, (

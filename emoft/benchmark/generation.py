@@ -22,7 +22,8 @@ from emoft.benchmark.lengths import draw_lengths
 from emoft.config import GenerateConfig
 from emoft.model.generation import choose_generation_precision, generate_all
 from emoft.model.kernels import use_fast_kernels
-from emoft.model.loading import load_model, load_tokenizer, train_tokenizer
+from emoft.model.loading import load_model
+from emoft.model.tokenizer import load_tokenizer, train_tokenizer
 from emoft.terminal import Bar
 from emoft.tracking.throughput import synchronize
 from emoft.training.precision import choose_device

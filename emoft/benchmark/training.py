@@ -21,7 +21,8 @@ from emoft.config import TrainConfig
 from emoft.data.batching import epoch_batches
 from emoft.data.template import TextFormat
 from emoft.distributed.world import World
-from emoft.model.loading import TextModel, load_model_and_tokenizer, train_tokenizer
+from emoft.model.loading import TextModel, load_model_and_tokenizer
+from emoft.model.tokenizer import train_tokenizer
 from emoft.terminal import Bar
 from emoft.tracking.throughput import measure_flops
 from emoft.training.precision import Precision, choose_device

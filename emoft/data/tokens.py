@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -36,20 +37,56 @@ def encode(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) 
 
 
 def encode_whole(tokenizer: GPT2Tokenizer, texts: list[str], text_format: TextFormat) -> list[list[int]]:
-    """Return the token ids of filled templates before they are cut; of very long ones only more than is kept.
-
-    An "<|endoftext|>" that stands in a text is text: only the end of an example is taught to be an end.
-    """
+    """Return the token ids of filled templates before they are cut; of very long ones only more than is kept."""
     end = [tokenizer.eos_token_id] if text_format.append_eos else []
     most = most_characters(tokenizer, text_format.max_length)
-    rows = tokenizer(
-        [text[:most] for text in texts],
+    return [ids + end for ids, _ in make_tokens(tokenizer, [text[:most] for text in texts])]
+
+
+def make_tokens(tokenizer: GPT2Tokenizer, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    """Return for each text its token ids, and where in the text each of them ends, in characters.
+
+    All tokens are made here: of training, prompts, classification and checks, so that they are the same. An
+    "<|endoftext|>" that stands in a text is text, since only the end of an example is taught to be an end; other
+    special tokens, which somebody has added for a template, are tokens. Nothing is put before or behind a text.
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    added = [token for token in added if token not in (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token)]
+    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))) if added else None
+    if pattern is None or not any(map(pattern.search, texts)):
+        return _make_plain_tokens(tokenizer, texts)
+    return [_make_tokens_around(tokenizer, pattern, text) for text in texts]
+
+
+def _make_plain_tokens(tokenizer: GPT2Tokenizer, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    encoded = tokenizer(
+        list(texts),
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
+        return_offsets_mapping=True,
         verbose=False,
-    )["input_ids"]
-    return [row + end for row in rows]
+    )
+    return [
+        (ids, [end for _, end in offsets])
+        for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+
+
+def _make_tokens_around(tokenizer: GPT2Tokenizer, pattern: re.Pattern[str], text: str) -> tuple[list[int], list[int]]:
+    """Split a text that holds special tokens."""
+    ids: list[int] = []
+    ends: list[int] = []
+    start = 0
+    for match in [*pattern.finditer(text), None]:
+        ((found, places),) = _make_plain_tokens(tokenizer, [text[start : match.start() if match else None]])
+        ids += found
+        ends += [start + place for place in places]
+        if match:
+            ids.append(int(tokenizer.get_vocab()[match[0]]))
+            ends.append(match.end())
+            start = match.end()
+    return ids, ends
 
 
 def most_characters(tokenizer: GPT2Tokenizer, max_length: int) -> int:
@@ -64,7 +101,7 @@ def check_room(tokenizer: GPT2Tokenizer, text_format: TextFormat) -> None:
         UserError: it does not.
     """
     for prompt in text_format.prompts().values():
-        length = len(tokenizer(prompt, verbose=False)["input_ids"])
+        length = len(make_tokens(tokenizer, [prompt])[0][0])
         if length >= text_format.max_length:
             raise UserError(
                 f"--max_length {text_format.max_length} leaves no room for a text: what stands before it, {prompt!r},"
@@ -161,9 +198,14 @@ def token_bytes(tokenizer: GPT2Tokenizer, ids: Iterable[int]) -> bytes:
 
     A token of byte-level BPE may hold a part of a character only, so that text has to be put together from bytes.
     """
-    special, byte_of = set(tokenizer.all_special_ids), byte_of_character()
-    tokens = tokenizer.convert_ids_to_tokens([i for i in ids if i not in special])
-    return bytes(byte_of[character] for token in tokens for character in token or "")
+    special, added, byte_of = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder, byte_of_character()
+    found = bytearray()
+    for number in ids:
+        if number in added:  # it stands for itself, not for the bytes that its characters would be
+            found += b"" if number in special or added[number].special else added[number].content.encode()
+        elif number not in special:
+            found += bytes(byte_of[character] for character in tokenizer.convert_ids_to_tokens(number) or "")
+    return bytes(found)
 
 
 def byte_lengths(tokenizer: GPT2Tokenizer, rows: int) -> Tensor:
@@ -177,9 +219,10 @@ def byte_lengths(tokenizer: GPT2Tokenizer, rows: int) -> Tensor:
         (rows,) int64.
     """
     lengths = torch.zeros(rows, dtype=torch.int64)
-    special = set(tokenizer.all_special_ids)
+    special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
     for token, number in tokenizer.get_vocab().items():
-        lengths[number] = 0 if number in special else len(token)
+        is_special = number in special or (number in added and added[number].special)
+        lengths[number] = 0 if is_special else len(token.encode()) if number in added else len(token)
     return lengths
 
 

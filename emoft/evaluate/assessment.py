@@ -23,7 +23,8 @@ from emoft.evaluate.scoring import evaluate, format_figures
 from emoft.files import CONFUSION_FILE, EVALUATION_FILE, FORMAT_FILE, SAMPLES_FILE, finite, make_folder, write_json
 from emoft.model.attention import use_packed_attention
 from emoft.model.kernels import keep_freed_memory, use_fast_kernels
-from emoft.model.loading import TextModel, load_model, load_tokenizer
+from emoft.model.loading import TextModel, check_fit, load_model
+from emoft.model.tokenizer import load_tokenizer
 from emoft.training.precision import Precision, choose_device
 from emoft.training.runtime import Runtime
 
@@ -89,6 +90,7 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     model = load_model(config.model_name_or_path)
+    check_fit(model, tokenizer)
     if text_format.max_length > model.config.n_positions:
         raise UserError(
             f"--max_length {text_format.max_length} is above the model's {model.config.n_positions} positions: lower it"

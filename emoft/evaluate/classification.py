@@ -22,7 +22,7 @@ from transformers import GPT2Tokenizer
 from emoft.data.batching import split_loader
 from emoft.data.duplicates import overlap
 from emoft.data.template import TextFormat
-from emoft.data.tokens import most_characters
+from emoft.data.tokens import make_tokens, most_characters
 from emoft.errors import warn
 from emoft.evaluate.intervals import Interval, intervals, renamed
 from emoft.evaluate.scoring import score_examples
@@ -102,18 +102,11 @@ def conditioned_rows(
     pairs = [(text, label) for text in texts for label in text_format.labels]
     for start in range(0, len(pairs), PAIRS):
         part = pairs[start : start + PAIRS]
-        encoded = tokenizer(
-            [text_format.fill(*pair)[:most] for pair in part],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        ids += encoded["input_ids"]
-        for pair, offsets in zip(part, encoded["offset_mapping"], strict=True):
+        encoded = make_tokens(tokenizer, [text_format.fill(*pair)[:most] for pair in part])
+        for pair, (tokens, places) in zip(part, encoded, strict=True):
             place = text_format.conditioned_from(*pair)
-            firsts.append(max(1, next((n for n, (_, stop) in enumerate(offsets) if stop > place), len(offsets))))
+            ids.append(tokens)
+            firsts.append(max(1, next((n for n, stop in enumerate(places) if stop > place), len(places))))
     size = len(text_format.labels)
     for number in range(len(texts)):
         ends = text_format.append_eos if ended is None else ended[number]

@@ -18,7 +18,8 @@ from emoft.data.tokens import encode
 from emoft.errors import UserError
 from emoft.files import CONFIG_FILE, TRAINING_STATE_FILE, WEIGHTS_FILE
 from emoft.gradients.record import Record, read_record
-from emoft.model.loading import load_model, load_tokenizer
+from emoft.model.loading import load_model
+from emoft.model.tokenizer import load_tokenizer
 from emoft.terminal import progress
 from emoft.training.loss import cross_entropy, shift_labels
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from emoft.data.tokens import decode, token_bytes
+from emoft.data.tokens import decode, make_tokens, token_bytes
 from emoft.distributed.parallel import is_sharded
 from emoft.errors import UserError
 from emoft.model.loading import TextModel
@@ -39,7 +39,7 @@ class Generated:
 
 def encode_prompt(tokenizer: GPT2Tokenizer, prompt: str) -> list[int]:
     """Return the token ids of a prompt; an empty one becomes end-of-text, after which GPT-2's texts begin."""
-    return tokenizer(prompt, verbose=False)["input_ids"] or [tokenizer.eos_token_id]
+    return make_tokens(tokenizer, [prompt])[0][0] or [tokenizer.eos_token_id]
 
 
 def check_prompts(

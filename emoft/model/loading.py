@@ -1,20 +1,27 @@
 """GPT-2 and its tokenizer: from the Hub, from a folder, or fresh."""
 
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+)
 
 from emoft.config import TrainConfig
 from emoft.data import hub
 from emoft.data.template import TextFormat
-from emoft.errors import UserError
+from emoft.errors import UserError, warn
+from emoft.model.tokenizer import load_tokenizer, train_tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 # Vocabularies are sometimes rounded up to a multiple of 64 or 128 for speed: a model may have this many ids to spare.
 SPARE_IDS = 1024
 
@@ -29,10 +36,10 @@ class TextModel:
 
 
 def load_model(name: str) -> GPT2LMHeadModel:
-    """Load a GPT-2 from a folder or the Hub, in float32.
+    """Load a GPT-2 from a folder or the Hub, in float32. Its settings of generation are not taken: ours are flags.
 
     Raises:
-        UserError: there is none, it is not a GPT-2, or its weights cannot be read.
+        UserError: there is none, it is not a GPT-2, or its weights cannot be read, or are not those of a whole GPT-2.
     """
     flag = "model_name_or_path"
     is_local = hub.is_local(name, "model", flag)
@@ -44,11 +51,20 @@ def load_model(name: str) -> GPT2LMHeadModel:
             " trust it, by GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder), which writes .safetensors"
         )
     try:
-        model_type = AutoConfig.from_pretrained(name).model_type
+        # Code that a repository brings along is never run, and nobody is asked whether it may.
+        model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
         if model_type != "gpt2":
             raise UserError(f"--{flag} {name} is a {model_type} model: emoft trains GPT-2")
         # Half-precision weights are widened: AdamW's small updates would be lost in them.
-        model = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        loaded: Any = GPT2LMHeadModel.from_pretrained(
+            name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            generation_config=GenerationConfig(),  # what the folder says of it is not even read
+            ignore_mismatched_sizes=True,  # below they are refused, by their names
+            output_loading_info=True,
+        )
     except UserError:
         raise
     except Exception as error:  # the libraries raise dozens of types for what is one case to the user
@@ -57,7 +73,53 @@ def load_model(name: str) -> GPT2LMHeadModel:
                 f"--{flag} {name} cannot be loaded ({error}): name another folder, or save it again"
             ) from None
         raise hub.not_found(name, "model", flag, error) from None
+    model: GPT2LMHeadModel = loaded[0]
+    _check_weights(f"--{flag} {name}", loaded[1])
+    # Transformers 4 reads the word of the configuration, 5 the weights: where the file has a head of its own, both are
+    # told so.
+    model.config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
     return model
+
+
+def _check_weights(what: str, found: dict[str, Any]) -> None:
+    """See that a file held all weights of the model, which draws at random what it does not find.
+
+    Args:
+        what: was loaded, for the message.
+        found: what `from_pretrained` says of it.
+
+    Raises:
+        UserError: one is missing, or has another shape.
+    """
+    missing, others = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    shapes = sorted(str(each[0] if isinstance(each, tuple) else each) for each in found["mismatched_keys"])
+    if shapes:
+        raise UserError(
+            f"{what}: {_few(shapes)} have other shapes than its config.json says: they do not belong together"
+        )
+    if missing:
+        cause = "a part of the model was saved, or another one: save all of it by save_pretrained"
+        for prefix, reason in (
+            (
+                "_orig_mod.",
+                "it was saved from a model that torch.compile had wrapped: save the model inside, ._orig_mod",
+            ),
+            (
+                "module.",
+                "it was saved from a model that DataParallel or DDP had wrapped: save the model inside, .module",
+            ),
+        ):
+            if any(name.startswith(prefix) for name in others):
+                cause = reason
+        beside = f", and has {_few(others)} instead" if others else ""
+        raise UserError(f"{what} lacks the weights {_few(missing)}{beside}: {cause}")
+    if others := [name for name in others if not name.endswith((".attn.bias", ".attn.masked_bias"))]:
+        warn(f"{what} also holds {_few(others)}, which GPT-2 has no place for: they are left out")
+
+
+def _few(names: list[str]) -> str:
+    more = len(names) - 2
+    return ", ".join(names[:2]) + (f" and {more} more" if more > 0 else "")
 
 
 def fresh_model(config_overrides: str, tokenizer: GPT2Tokenizer) -> GPT2LMHeadModel:
@@ -107,18 +169,48 @@ def load_model_and_tokenizer(config: TrainConfig, texts: Iterable[str]) -> tuple
         tokenizer = load_tokenizer(config.model_name_or_path)
     model = fresh_model(config.config_overrides, tokenizer) if fresh else load_model(config.model_name_or_path)
 
-    ids, rows, positions = len(tokenizer), model.config.vocab_size, model.config.n_positions
-    if not ids <= rows <= ids + SPARE_IDS:
-        raise UserError(
-            f"the tokenizer has {ids} tokens and the model {rows}: they do not belong together, check"
-            " --tokenizer_name and --model_name_or_path"
-        )
+    check_fit(model, tokenizer)
+    positions = model.config.n_positions
     if config.max_length > positions:
         raise UserError(f"--max_length {config.max_length} is above the model's {positions} positions: lower it")
     tokenizer.model_max_length = positions
     for settings in (model.config, model.generation_config):
         settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
+    _try_to_save(model, tokenizer, config.model_name_or_path)
     return model, tokenizer
+
+
+def check_fit(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer) -> None:
+    """See that a model has a row for each token, and not many more.
+
+    Raises:
+        UserError: it has not.
+    """
+    ids, rows = max(tokenizer.get_vocab().values()) + 1, model.config.vocab_size
+    if not ids <= rows <= ids + SPARE_IDS:
+        raise UserError(
+            f"the tokenizer has {ids} tokens and the model {rows}: they do not belong together, check"
+            " --tokenizer_name and --model_name_or_path"
+        )
+
+
+def _try_to_save(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, name: str) -> None:
+    """See that what stands beside the weights can be saved, since a run that cannot be saved should not begin.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in (model.config, model.generation_config, tokenizer):
+                part.save_pretrained(folder)
+    except OSError:
+        return  # no room for a trial says nothing of the output folder
+    except Exception as error:  # the libraries raise dozens of types for what is one case to the user
+        raise UserError(
+            f"what --model_name_or_path {name} holds beside its weights could not be saved again ({error}): mend its"
+            " config.json or tokenizer_config.json"
+        ) from None
 
 
 def save_model(folder: Path, text_model: TextModel, weights: dict[str, Tensor]) -> None:
@@ -132,41 +224,3 @@ def save_model(folder: Path, text_model: TextModel, weights: dict[str, Tensor]) 
     text_model.model.save_pretrained(folder, state_dict=weights)
     text_model.tokenizer.save_pretrained(folder)
     text_model.text_format.save(folder)
-
-
-def load_tokenizer(name: str, flag: str = "model_name_or_path") -> GPT2Tokenizer:
-    """Load a tokenizer; pad becomes end-of-text, since GPT-2 has no token for padding.
-
-    Raises:
-        UserError: there is none, or it is an empty shell, which `from_pretrained` returns when it finds no files.
-    """
-    what = "tokenizer" if flag == "tokenizer_name" else "model with a tokenizer"
-    is_local = hub.is_local(name, what, flag)
-    try:
-        tokenizer = GPT2Tokenizer.from_pretrained(name)
-        if len(tokenizer) < 257:  # not even the 256 bytes: the library found no files and made an empty tokenizer
-            raise FileNotFoundError("no vocab.json and merges.txt, nor tokenizer.json")
-    except Exception as error:  # the libraries raise dozens of types for what is one case to the user
-        if is_local:
-            raise UserError(f"--{flag} {name} holds no tokenizer ({error}): add the files, or name another") from None
-        raise hub.not_found(name, what, flag, error) from None
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
-    """Train a byte-level BPE (Radford et al., 2019) on texts and wrap it as a GPT-2 tokenizer."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that any text can be written
-            show_progress=False,
-        ),
-    )
-    return GPT2Tokenizer(tokenizer_object=backend, pad_token=END_OF_TEXT)

@@ -18,6 +18,7 @@ from emoft.config import TrainConfig
 from emoft.data.batching import Batch
 from emoft.data.steps import Step
 from emoft.data.template import TextFormat
+from emoft.data.tokens import make_tokens
 from emoft.distributed.world import World
 from emoft.errors import UserError
 
@@ -43,7 +44,7 @@ class WrongLabels:
                 " '{label}: {text}', and data with at least two labels"
             )
         prompts = [text_format.prompt(label) for label in text_format.labels]
-        prefixes: list[list[int]] = tokenizer(prompts, verbose=False)["input_ids"]
+        prefixes = [ids for ids, _ in make_tokens(tokenizer, prompts)]
         self.prefixes = sorted(prefixes, key=len, reverse=True)  # one may begin like another: the longest fits first
         self.count = min(count, len(prefixes) - 1)
         self.max_length, self.seed = text_format.max_length, seed

@@ -13,7 +13,8 @@ from emoft.data.tokens import byte_lengths, encode
 from emoft.distributed.world import World
 from emoft.evaluate.scoring import Evaluation, Scores, evaluate, format_figures, score_examples, summarize
 from emoft.model.attention import use_packed_attention
-from emoft.model.loading import TextModel, fresh_model, train_tokenizer
+from emoft.model.loading import TextModel, fresh_model
+from emoft.model.tokenizer import train_tokenizer
 from emoft.training.precision import Precision
 from emoft.training.runtime import Runtime
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.data.tokens import decode, token_bytes
-from emoft.model.loading import fresh_model, train_tokenizer
+from emoft.model.loading import fresh_model
+from emoft.model.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(["i feel happy", "i feel sad", "ខ្ញុំសប្បាយចិត្ត"] * 5, 300)
 

@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 
 from emoft.config import TrainConfig
 from emoft.errors import UserError
-from emoft.model.loading import fresh_model, train_tokenizer
+from emoft.model.loading import fresh_model
+from emoft.model.tokenizer import train_tokenizer
 from emoft.training.optimizer import (
     build_optimizer,
     build_schedule,

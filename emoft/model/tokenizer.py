@@ -1,0 +1,89 @@
+"""GPT-2's tokenizer, byte-level BPE: from the Hub, from a folder, or trained on the texts of a run."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+
+from emoft.data import hub
+from emoft.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(name: str, flag: str = "model_name_or_path") -> GPT2Tokenizer:
+    """Load the tokenizer of a folder or the Hub as it is; pad becomes end-of-text, since GPT-2 has none of its own.
+
+    Raises:
+        UserError: there is none, or one whose tokens are no bytes, or without an end-of-text.
+    """
+    what = "tokenizer" if flag == "tokenizer_name" else "model with a tokenizer"
+    is_local = hub.is_local(name, what, flag)
+    try:
+        tokenizer = _read_tokenizer(name)
+        if len(tokenizer) < 257:  # not even the 256 bytes: the library found no files and made an empty tokenizer
+            raise FileNotFoundError("no vocab.json and merges.txt, nor tokenizer.json")
+    except UserError as error:
+        raise UserError(f"--{flag} {name}: {error}") from None
+    except Exception as error:  # the libraries raise dozens of types for what is one case to the user
+        if is_local:
+            raise UserError(f"--{flag} {name} holds no tokenizer ({error}): add the files, or name another") from None
+        raise hub.not_found(name, what, flag, error) from None
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _read_tokenizer(name: str) -> GPT2Tokenizer:
+    """Return GPT-2's tokenizer where it makes the same tokens as tokenizer.json says, else what that file says.
+
+    The library builds GPT-2's class anew from the vocabulary alone, whatever else tokenizer.json holds.
+
+    Raises:
+        UserError: its tokens do not stand for bytes, or none of them is an end of text.
+    """
+    rebuilt = GPT2Tokenizer.from_pretrained(name, trust_remote_code=False)
+    try:
+        exact = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
+    except Exception:  # there is no tokenizer.json, only the vocabulary and the merges, of which GPT-2's class is made
+        return rebuilt
+    if _pipeline(exact) == _pipeline(rebuilt):
+        return rebuilt
+    pipeline = _pipeline(exact)
+    if pipeline["model"] != "BPE" or "ByteLevel" not in str(pipeline["decoder"]):
+        raise UserError(
+            f"its tokenizer is {pipeline['model']} and not byte-level BPE, as GPT-2's: its tokens cannot be turned back"
+            " into bytes. Name another by --tokenizer_name, or leave --model_name_or_path empty to train one"
+        )
+    if exact.eos_token is None and END_OF_TEXT in exact.get_vocab():
+        exact.eos_token = END_OF_TEXT
+    if exact.eos_token is None:
+        raise UserError("its tokenizer names no end-of-text: add eos_token to its tokenizer_config.json")
+    return exact
+
+
+def _pipeline(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return all that decides which tokens a text becomes, but for the merges, which both classes read."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = sorted((token["content"], token["id"], token["special"]) for token in content["added_tokens"])
+    steps = {step: content[step] for step in ("normalizer", "pre_tokenizer", "decoder")}
+    return {"model": content["model"]["type"], "tokens": len(tokenizer), "added": added, **steps}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
+    """Train a byte-level BPE (Radford et al., 2019) on texts and wrap it as a GPT-2 tokenizer."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that any text can be written
+            show_progress=False,
+        ),
+    )
+    return GPT2Tokenizer(tokenizer_object=backend, pad_token=END_OF_TEXT)
