@@ -29,7 +29,7 @@ from emoft.checkpoints.state import TrainingState, examples_per_step, load_state
 from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_splits
 from emoft.data.steps import StepLoader
-from emoft.data.tokens import check_room, checksum, describe_cut, tokenize
+from emoft.data.tokens import check_room, describe_cut, tokenize
 from emoft.distributed.parallel import exchange_gradients
 from emoft.distributed.world import World
 from emoft.gradients.monitor import GradientMonitor
@@ -104,7 +104,7 @@ def train(
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, loader.total_steps)
     runtime = Runtime(world, precision, StopSignals(world))
-    training_state = TrainingState(config, runtime, optimizer, schedule, step_size, checksum(train_data))
+    training_state = TrainingState(config, runtime, optimizer, schedule, step_size, splits)
     run_state = training_state.restore(saved, checkpoint) if saved and checkpoint else RunState()
     saved = None  # AdamW's moments, of which the optimizer has its own copy
     monitor = GradientMonitor(model, optimizer, config, world)

@@ -3,6 +3,7 @@
 It touches neither a loss nor a gradient: those are computed and applied in train.py alone.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -137,11 +138,13 @@ class Run:
             self.tracker.log_start(
                 self.text_model.model, self.loader.examples_per_step, self.monitor.weights_at_start()
             )
+        self.has_stopped_early = self._out_of_patience() and self.state.step > 0
+        self.is_done |= self.has_stopped_early and not self.state.evaluation_due
         if self.state.evaluation_due:
             # A signal came into the evaluation of the step that the run goes on from.
             if self._validate() and self.config.load_best_model_at_end:
                 self._save()
-            self.has_stopped_early = 0 < self.config.early_stopping_patience <= self.state.evaluations_since_best
+            self.has_stopped_early = self._out_of_patience()
             self.is_done |= self.has_stopped_early or self.state.evaluation_due
         elif self.state.step == 0 and "validation" in self.splits:
             self._validate()
@@ -149,6 +152,9 @@ class Run:
                 if found := self._classify("validation"):
                     self.tracker.log_classification(found)
             self.is_done |= self.state.evaluation_due
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.early_stopping_patience <= self.state.evaluations_since_best
 
     def refuse_nonfinite(self, step: Step, loss: Tensor, grad_norm: Tensor) -> bool:
         """Say whether a step must not be applied, since its loss or gradient is infinite or NaN; see `NonFiniteGuard`.
@@ -196,7 +202,7 @@ class Run:
         should_save = self._saves(step)
         if self._evaluates(step):
             should_save |= self._validate() and config.load_best_model_at_end
-            self.has_stopped_early = 0 < config.early_stopping_patience <= state.evaluations_since_best
+            self.has_stopped_early = self._out_of_patience()
         if should_save or self.signals.received:
             self._save()
         is_last = step.number >= self.loader.total_steps
@@ -330,19 +336,33 @@ class Run:
         return self.signals.exit_code
 
     def _take_best_model(self) -> None:
+        """Load the weights of the best step, if the flags ask for it and they can be had."""
+        self.exported_step = self.state.step
         if not (self.config.load_best_model_at_end and 0 < self.state.best_step < self.state.step):
             return
-        best = self.output_dir / f"checkpoint-{self.state.best_step}"
-        if reason := self.world.on_main(lambda: damage(best)):
-            self.tracker.warn(f"{best}, the best, is damaged ({reason}): the model of the last step is kept")
-            return
-        load_weights(self.text_model.model, load_model(str(best)).state_dict())
-        print(f"took the model of step {self.state.best_step}, the best")
+        name = f"checkpoint-{self.state.best_step}"
+        folders = [self.output_dir / name]
+        if self.training_state.restored_from:  # perhaps in another folder
+            folders.append(self.training_state.restored_from.parent / name)
+        reasons = []
+        for folder in dict.fromkeys(folders):
+            reason = self.world.on_main(functools.partial(_why_not, folder))
+            if not reason:
+                load_weights(self.text_model.model, load_model(str(folder)).state_dict())
+                self.exported_step = self.state.best_step
+                print(f"took the model of step {self.state.best_step}, the best")
+                return
+            reasons.append(reason)
+        self.tracker.warn(f"the best model cannot be had: {reasons[0]}; the model of the last step is kept")
 
     def _results(self) -> dict[str, Any]:
+        """Return the figures of the model that was exported."""
         if found := self._classify("validation"):
             self.tracker.log_classification(found)
-        results = self.tracker.results()
+        is_known = "validation" not in self.splits or self.tracker.has_evaluated(self.exported_step)
+        if not is_known and (evaluation := self._evaluate("validation")):
+            self.tracker.log_evaluation(evaluation)
+        results = self.tracker.results(self.exported_step)
         if "test" in self.splits:
             for test in (self._evaluate("test"), self._classify("test")):
                 results |= {f"test_{name}": value for name, value in (test.figures() if test else {}).items()}
@@ -351,3 +371,11 @@ class Run:
                 f"{self.signals.name} came at the end: figures may be missing, python -m emoft.evaluate tells them"
             )
         return results
+
+
+def _why_not(checkpoint: Path) -> str:
+    """Return why the model of a checkpoint cannot be taken; an empty text if it can."""
+    if not checkpoint.is_dir():
+        return f"{checkpoint} is missing"
+    reason = damage(checkpoint)
+    return f"{checkpoint} is damaged ({reason})" if reason else ""

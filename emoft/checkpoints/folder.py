@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from emoft.checkpoints.manifest import write_manifest
+from emoft.checkpoints.manifest import has_all_files, write_manifest
 from emoft.checkpoints.search import RUN_FILES, checkpoints, step_of
 from emoft.checkpoints.state import TrainingState
 from emoft.config import TrainConfig, save_config
 from emoft.distributed.parallel import whole_weights
 from emoft.distributed.world import World
-from emoft.errors import UserError
+from emoft.errors import UserError, warn
 from emoft.files import CONFIG_FILE, RESULTS_FILE, TRAINING_STATE_FILE, write_json
 from emoft.model.loading import TextModel, save_model
 from emoft.tracking.tracker import Tracker
 
 try:
     import fcntl
-except ImportError:  # Windows: no locks on folders
+except ImportError:  # Windows has no locks on folders: there a file is locked, which stays behind
     fcntl = None  # type: ignore[assignment]
 
 STAGING, ASIDE = ".staging-", ".aside-"  # what is being written, and what it will replace
@@ -39,7 +40,8 @@ class SaveError(UserError):
 def locked(output_dir: Path) -> Iterator[None]:
     """Create the output folder and keep every other run out of it until this context ends, or the process dies.
 
-    The lock is on the folder itself and belongs to the process, so that nothing is left of it.
+    The lock is on the folder itself and belongs to the process, so that nothing is left of it. `filelock` would do the
+    same on a file, which it leaves behind; it serves where folders cannot be locked.
 
     Raises:
         UserError: another run has it, or the folder cannot be made.
@@ -52,13 +54,17 @@ def locked(output_dir: Path) -> Iterator[None]:
         folder = os.open(output_dir, os.O_RDONLY) if fcntl else None
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be written ({error.strerror}): name another") from None
+    lock = FileLock(output_dir / ".lock", timeout=0)
     try:
         if folder is not None:
             _lock(folder, output_dir)
+        else:
+            _lock_file(lock, output_dir)
         yield
     finally:
         if folder is not None:
             os.close(folder)
+        lock.release()
         if is_new:
             with contextlib.suppress(OSError):
                 output_dir.rmdir()  # if it is still empty, the run never began
@@ -71,8 +77,19 @@ def _lock(folder: int, output_dir: Path) -> None:
         raise UserError(
             f"--output_dir {output_dir} is in use by another run: wait for its end, or name another folder"
         ) from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        warn(
+            f"--output_dir {output_dir} is on a disk that cannot lock it ({error.strerror}): begin no second run there"
+        )
+
+
+def _lock_file(lock: BaseFileLock, output_dir: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"--output_dir {output_dir} is in use by another run: wait for its end, or name another folder"
+        ) from None
 
 
 def prepare_output_dir(config: TrainConfig, resumes: bool = False) -> Path:
@@ -153,7 +170,7 @@ class Saver:
                         self.output_dir, run.step, lambda place: self._write(place, weights), state
                     )
                     best_step = run.best_step if config.load_best_model_at_end else None
-                    remove_old_checkpoints(self.output_dir, config.save_total_limit, best_step)
+                    remove_old_checkpoints(self.output_dir, config.save_total_limit, best_step, folder)
                 except SaveError as error:
                     self.tracker.warn(f"{error}; training goes on, and the next log entry tries again")
                     return None
@@ -250,16 +267,26 @@ def staged(output_dir: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def remove_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) -> None:
-    """Keep the newest `limit` checkpoints (0: all), counting the best among them, which is never removed."""
-    found = checkpoints(output_dir)
-    kept = [path for path in found if step_of(path) == best_step]
-    for path in reversed(found):
-        # The newest one stays in any case: it is the only one to resume from without loss.
-        if path not in kept and (len(kept) < limit or path == found[-1]):
+def remove_old_checkpoints(output_dir: Path, limit: int, best_step: int | None, saved: Path) -> None:
+    """Keep so many whole checkpoints, and remove the others: what was just saved, the best, and the newest.
+
+    Folders without a manifest of ours, as `transformers.Trainer` leaves them, are somebody else's and stay.
+
+    Args:
+        output_dir: the run's folder.
+        limit: how many; 0 keeps all.
+        best_step: of the best model so far, if it is to be kept.
+        saved: the checkpoint that was just written.
+    """
+    if not limit:
+        return
+    is_whole = {path: whole for path in checkpoints(output_dir) if (whole := has_all_files(path)) is not None}
+    kept = [path for path in is_whole if path == saved or (step_of(path) == best_step and is_whole[path])]
+    for path in reversed(is_whole):
+        if path not in kept and is_whole[path] and len(kept) < limit:
             kept.append(path)
-    for path in found:
-        if limit and path not in kept:
+    for path in is_whole:
+        if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 

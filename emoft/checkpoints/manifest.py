@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def damage(checkpoint: Path) -> str:
         content = json.loads(text.rpartition("}")[0] + "}")
         if text != _manifest_text(content):
             return f"{MANIFEST_FILE} was altered"
-        if checkpoint.name.startswith("checkpoint-") and checkpoint.name != f"checkpoint-{content['step']}":
+        # A copy of any other name is a copy.
+        if re.fullmatch(r"checkpoint-\d+", checkpoint.name) and checkpoint.name != f"checkpoint-{content['step']}":
             return f"it is that of step {content['step']}"
         for name, expected in content["files"].items():
             path = checkpoint / name
@@ -47,6 +49,23 @@ def damage(checkpoint: Path) -> str:
     if TRAINING_STATE_FILE not in content["files"]:
         return f"{TRAINING_STATE_FILE} is missing"
     return ""
+
+
+def has_all_files(checkpoint: Path) -> bool | None:
+    """Say at once whether a checkpoint's files are there in their sizes; None of a folder without a manifest of ours.
+
+    Unlike `damage` it reads none of them.
+    """
+    try:
+        text = (checkpoint / MANIFEST_FILE).read_text(encoding="utf-8")
+        content = json.loads(text.rpartition("}")[0] + "}")
+        if text != _manifest_text(content):
+            return None
+        return all((checkpoint / name).stat().st_size == file["size"] for name, file in content["files"].items())
+    except FileNotFoundError as error:
+        return None if error.filename and str(error.filename).endswith(MANIFEST_FILE) else False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def checksum(path: Path) -> str:

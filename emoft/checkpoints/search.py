@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emoft.checkpoints.manifest import damage
-from emoft.config import TrainConfig
+from emoft.config import INPUT_FILES, TrainConfig
 from emoft.errors import UserError, warn
 from emoft.files import (
     CONFIG_FILE,
@@ -90,3 +90,27 @@ def refuse_another_run(config: TrainConfig) -> None:
             f"--output_dir {output_dir} already holds a run ({held[-1]}): go on with it by --resume_from_checkpoint"
             " latest, replace it by --overwrite_output_dir, or name another folder"
         )
+    if config.overwrite_output_dir:
+        _refuse_to_delete_inputs(config, output_dir)
+
+
+def _refuse_to_delete_inputs(config: TrainConfig, output_dir: Path) -> None:
+    """See that --overwrite_output_dir deletes nothing that the run starts from; if it is killed, that would be lost.
+
+    Raises:
+        UserError: it would.
+    """
+    root = output_dir.resolve()
+    deleted = {(output_dir / name).resolve() for name in RUN_FILES} | {
+        path.resolve() for path in checkpoints(output_dir)
+    }
+    for name in ("model_name_or_path", "tokenizer_name", "dataset_name", *INPUT_FILES):
+        value = getattr(config, name)
+        if not value or not (path := Path(value).expanduser()).exists():
+            continue
+        path = path.resolve()
+        if path == root or any(path == each or each in path.parents for each in deleted):
+            raise UserError(
+                f"--overwrite_output_dir would delete --{name} {value}, which the run starts from: name another"
+                " --output_dir"
+            )

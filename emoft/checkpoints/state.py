@@ -1,18 +1,21 @@
 """What a run needs besides its model to go on as if it had not stopped: training_state.pt of a checkpoint."""
 
+import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from emoft.config import TrainConfig
+from emoft.data.tokens import checksum
 from emoft.distributed.parallel import load_optimizer_state, whole_optimizer_state
 from emoft.distributed.world import World
-from emoft.errors import UserError
+from emoft.errors import UserError, warn
 from emoft.files import TRAINING_STATE_FILE
 from emoft.flags import flags_on_resume
 from emoft.tracking.run_state import RunState
@@ -41,10 +44,22 @@ class TrainingState:
         optimizer: Optimizer,
         schedule: LambdaLR,
         examples_per_step: int,
-        data_checksum: str,
+        splits: dict[str, Dataset],
     ) -> None:
+        """Remember what makes up the state.
+
+        Args:
+            config: all flags.
+            runtime: ranks and precision.
+            optimizer: of the model.
+            schedule: of its learning rate.
+            examples_per_step: of all ranks and micro-batches.
+            splits: tokenized; what a figure was measured on must be known to compare with it.
+        """
+        self.data_checksum = checksum(splits["train"])
+        self.validation_checksum = checksum(splits["validation"]) if "validation" in splits else ""
         self.config, self.runtime, self.optimizer, self.schedule = config, runtime, optimizer, schedule
-        self.examples_per_step, self.data_checksum = examples_per_step, data_checksum
+        self.examples_per_step = examples_per_step
         self.restored_from: Path | None = None
 
     def capture(self, run: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +71,8 @@ class TrainingState:
             "config": asdict(self.config),
             "examples_per_step": self.examples_per_step,
             "data_checksum": self.data_checksum,
+            "validation_checksum": self.validation_checksum,
+            "precision": self.runtime.precision.name,
             "optimizer": whole_optimizer_state(self.optimizer, self.runtime.world),
             "schedule": self.schedule.state_dict(),
             "scaler": self.runtime.precision.scaler.state_dict(),
@@ -92,6 +109,7 @@ class TrainingState:
             self.schedule.load_state_dict(saved["schedule"])
             self.runtime.precision.scaler.load_state_dict(saved["scaler"])
             run = RunState(**saved["run"])
+            self._tell_changes(saved, run)
             if len(saved["random_states"]) == world.size:
                 set_random_state(saved["random_states"][world.rank], self.runtime.device)
             else:
@@ -101,6 +119,24 @@ class TrainingState:
             raise UserError(
                 f"{TRAINING_STATE_FILE} does not fit the model ({error}): resume from another checkpoint"
             ) from None
+
+    def _tell_changes(self, saved: dict[str, Any], run: RunState) -> None:
+        """Tell what is not as it was when the checkpoint was saved; forget a best model that cannot be compared."""
+        # Older checkpoints do not say.
+        if saved.get("validation_checksum", self.validation_checksum) != self.validation_checksum:
+            if math.isfinite(run.best_loss):
+                warn(
+                    f"the validation data are not those of before: the best model so far, of step {run.best_step}, is"
+                    " measured on others and is forgotten"
+                )
+            run.best_loss, run.best_step, run.evaluations_since_best = math.inf, 0, 0
+            run.other_validation_until = run.step
+        before, now = saved.get("precision", self.runtime.precision.name), self.runtime.precision.name
+        if before != now:
+            warn(
+                f"the run was begun in {before} and goes on in {now}, so that it does not end with the same bits;"
+                f" --mixed_precision {before} keeps it"
+            )
 
 
 def load_state(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:

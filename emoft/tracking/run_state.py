@@ -28,6 +28,7 @@ class RunState:
     best_loss: float = math.inf  # lowest evaluation loss
     best_step: int = 0
     evaluations_since_best: int = 0
+    other_validation_until: int = -1  # evaluations up to this step are of other validation data than those now
     evaluation_due: bool = False  # a signal came before it was finished
     depth_steps: list[int] = field(default_factory=list)  # the steps whose gradients were measured
     depth_norms: list[list[float]] = field(default_factory=list)  # and the norm of each block at them

@@ -225,6 +225,7 @@ class Tracker:
             Whether it is the best so far; the one before the first step is none of those that compete.
         """
         run = self.run
+        run.other_validation_until = min(run.other_validation_until, run.step - 1)  # this one is of those of now
         self._log({f"eval_{name}": value for name, value in evaluation.figures().items()})
         is_best = run.step > 0 and evaluation.loss < run.best_loss
         if is_best:
@@ -324,8 +325,21 @@ class Tracker:
             },
         )
 
-    def results(self) -> dict[str, Any]:
-        """Return the figures of the whole run, by the Trainer's names. Seconds are those of training alone."""
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the log holds an evaluation of the model of a step, on the validation data of now."""
+        return step in self._evaluations("eval_loss")
+
+    def _evaluations(self, name: str) -> dict[int, dict[str, Any]]:
+        """Return the latest log entry with a figure, of each step, on the validation data of now."""
+        since = self.run.other_validation_until
+        return {entry["step"]: entry for entry in self.run.log_history if name in entry and entry["step"] > since}
+
+    def results(self, exported_step: int) -> dict[str, Any]:
+        """Return the figures of the whole run, by the Trainer's names. Seconds are those of training alone.
+
+        Args:
+            exported_step: of the model that the figures of evaluations are to be of.
+        """
         run = self.run
         seconds = max(1e-9, run.train_seconds)
         self._read_sums()
@@ -338,11 +352,8 @@ class Tracker:
             "train_tokens_per_second": run.tokens / seconds,
             "train_share_of_peak": run.operations / seconds / self.peak_flops,
         }
-        history = run.log_history
-        evaluations = {entry["step"]: entry for entry in history if "eval_loss" in entry}
-        classifications = {entry["step"]: entry for entry in history if "eval_emotion_accuracy" in entry}
-        if math.isfinite(run.best_loss):
-            after = evaluations[run.best_step if self.config.load_best_model_at_end else max(evaluations)]
+        evaluations, classifications = self._evaluations("eval_loss"), self._evaluations("eval_emotion_accuracy")
+        if after := evaluations.get(exported_step) if exported_step else None:
             figures |= _before_and_after(EVALUATED, evaluations.get(0), after)
             if "eval_overlap" in after:
                 figures["eval_overlap"] = after["eval_overlap"]

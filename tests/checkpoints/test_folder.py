@@ -32,11 +32,27 @@ def steps(folder: Path) -> list[int]:
     ],
 )
 def test_which_checkpoints_are_kept(tmp_path: Path, limit: int, best: int | None, kept: list[int]) -> None:
-    make(tmp_path, 2, 10, 9, 100)
-    (tmp_path / "checkpoint-mine").mkdir()  # not ours: neither counted nor removed
-    remove_old_checkpoints(tmp_path, limit, best)
-    assert steps(tmp_path) == kept
-    assert (tmp_path / "checkpoint-mine").is_dir()
+    for step in (2, 10, 9, 100):
+        saved = save_checkpoint(tmp_path, step, lambda folder: (folder / "model.safetensors").write_bytes(b"x"), {})
+    foreign = [tmp_path / "checkpoint-mine", tmp_path / "checkpoint-7", tmp_path / "checkpoint-200"]
+    for folder in foreign:  # without a manifest of ours, as those of the Trainer: neither counted nor removed
+        folder.mkdir()
+        (folder / "pytorch_model.bin").touch()
+    remove_old_checkpoints(tmp_path, limit, best, saved)
+    assert [step for step in steps(tmp_path) if step not in (7, 200)] == kept
+    assert all(folder.is_dir() for folder in foreign)
+
+
+@pytest.mark.parametrize("harm", ["model.safetensors", "training_state.pt"])
+@pytest.mark.parametrize("limit", [1, 2])
+def test_what_was_just_saved_is_never_removed(tmp_path: Path, harm: str, limit: int) -> None:
+    """The newest was damaged, and the run went on from the one before."""
+    for step in (4, 10, 12):
+        save_checkpoint(tmp_path, step, lambda folder: (folder / "model.safetensors").write_bytes(b"x"), {})
+    (tmp_path / "checkpoint-12" / harm).write_bytes(b"")
+    saved = save_checkpoint(tmp_path, 11, lambda folder: (folder / "model.safetensors").write_bytes(b"x"), {})
+    remove_old_checkpoints(tmp_path, limit, None, saved)
+    assert steps(tmp_path) == [10, 11][-limit:], "a damaged one does not count"
 
 
 def test_a_save_that_fails_leaves_no_checkpoint(tmp_path: Path) -> None:

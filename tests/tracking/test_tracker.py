@@ -64,7 +64,7 @@ def test_the_logged_loss_is_the_mean_over_tokens_since_the_last_entry(config: Tr
     assert second["loss"] == 2.0
     assert second["perplexity"] == math.exp(2.0)
     assert tracker.run.skipped_steps == 1
-    assert tracker.results()["train_loss"] == (130 + 10) / 45
+    assert tracker.results(0)["train_loss"] == (130 + 10) / 45
 
 
 def test_the_share_of_clipped_steps_is_since_the_last_entry(config: TrainConfig) -> None:
@@ -80,7 +80,7 @@ def test_speed_is_of_what_the_mathematics_needs(config: TrainConfig) -> None:
     with tracker_of(config, 4, 2) as tracker:
         count_step(tracker, torch.tensor(1.0), NORM, batch_of(10, 2), batch_of(4, 1))
         tracker.log_step(torch.tensor(0.5))
-    results = tracker.results()
+    results = tracker.results(0)
     # By hand: 2 blocks of 12 x 8 x 8 weights, a head of 8 x 10; 17 tokens, 14 targets; texts of 11, 1 and 5 tokens.
     operations = 6 * (2 * 12 * 64 * 17 + 80 * 14) + 12 * 8 * 2 * (66 + 1 + 15)
     assert tracker.run.operations == operations
@@ -121,7 +121,7 @@ def test_the_results_tell_of_before_and_after(config: TrainConfig, keeps_best: b
             tracker.run.step += 1
             tracker.log_evaluation(evaluation_of(loss))
     resumed = Tracker(config, RunState(**tracker.state_for_checkpoint()), 9, 9, SHAPE, 5.0, 1e6, CPU, World())
-    results = resumed.results()
+    results = resumed.results(resumed.run.best_step if keeps_best else resumed.run.step)
     assert (results["eval_loss_before"], results["eval_loss"]) == (1.5, shown)
     assert results["perplexity_before"] == math.exp(1.5)
     assert results["bits_per_byte_interval"] == [shown / 4, shown / 2]
