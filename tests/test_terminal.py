@@ -502,8 +502,10 @@ def test_bars_of_datasets_are_ours(
     from emoft.data.tokens import tokenize
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "train.csv").write_text("text,label\n" + "i feel fine,joy\n" * 20_000)
-    (tmp_path / "train.jsonl").write_text('{"text": "i feel fine", "label": 1}\n' * 20_000)
+    (tmp_path / "train.csv").write_text("text,label\n" + "i feel fine,joy\ni feel low,sadness\n" * 10_000)
+    (tmp_path / "train.jsonl").write_text(
+        '{"text": "i feel fine", "label": 1}\n{"text": "so low", "label": 0}\n' * 10_000
+    )
     shown = terminal_of(80)
     tokenizer = GPT2Tokenizer.from_pretrained(tiny_model)
     for name in ("train.csv", "train.jsonl"):
@@ -512,7 +514,7 @@ def test_bars_of_datasets_are_ours(
         tokenize(splits["train"], tokenizer, text_format, "train")
     assert not shown.read().lines
     begun = {part.split("  ")[0].split(" 0:")[0].split(" 1")[0] for part in shown.screen.drawn}
-    for name in ("Reading train.csv", "Reading train.jsonl", "Naming labels", "Tokenizing train"):
+    for name in ("Reading train.csv", "Reading train.jsonl", "Tokenizing train"):
         assert any(part.startswith(name) for part in begun), (name, begun)
     assert any(
         re.search(r"Tokenizing train +\d+% \|.*\| [1-9][\d,]*/20,000 examples", part) for part in shown.screen.drawn
