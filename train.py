@@ -6,10 +6,11 @@ loop; what happens between two steps (log, evaluate, sample, save, stop) is deci
 
 import sys
 
-from emoft import start
+from emoft import start, streams
 from emoft.config import TrainConfig
 
 if __name__ == "__main__":
+    streams.prepare(output_is_optional=True)  # a full disk of the log, or a closed terminal, is no reason to end a run
     # Here, before the imports below, which take seconds: a mistake in the flags is told at once.
     config = start.read_flags(TrainConfig, start.check_training)
     start.loading(sys.stdout)

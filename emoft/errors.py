@@ -1,7 +1,6 @@
 """What the user can mend: one line on standard error and exit code 2, never a traceback; Ctrl-C: one line too."""
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -9,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
+
+from emoft import streams
 
 Value = TypeVar("Value")
 
@@ -36,8 +37,7 @@ def close_bars(outermost: Callable[[], None] | None = None) -> bool:
     found = bool(_open_bars)
     while _open_bars:
         close = _open_bars.pop()
-        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-            close()
+        close()
         if close == outermost:
             break
     return found
@@ -67,15 +67,12 @@ def run(main: Callable[[], int]) -> NoReturn:
 def guarded(function: Callable[[], Value]) -> Value:
     """Return what a function returns, or leave the process if it fails in a way that is no fault of ours.
 
-    Exit codes: 2 after a `UserError`; 130 after Ctrl-C; 141 when the reader of our output went
-    away (as in `generate.py ... | head`). Any other exception is a fault of ours and keeps its traceback (code 1).
+    Exit codes: 2 after a `UserError`, or when our output could not be written; 130 after Ctrl-C; 141 when the reader of
+    our output went away (as in `generate.py ... | head`). Any other exception is a fault of ours and keeps its
+    traceback (code 1).
     Whatever happens, the bars are closed first, so that the line that tells of it begins at the beginning of a line.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Texts are UTF-8 in any locale; what is none must not end a run that only wants to print it. In a log file
-            # that both streams are written to, the lines stand in the order in which they were printed.
-            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    streams.prepare()
     name, bars_open = program(), False
     try:
         try:
@@ -97,9 +94,12 @@ def guarded(function: Callable[[], Value]) -> Value:
             print(f"{fresh_line}{name}: stopped by Ctrl-C before it was done", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except streams.OutputError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        code = 2
+    if code in (2, 141):
+        streams.forget_output()
     sys.exit(code)
 
 

@@ -5,7 +5,6 @@ of it but the last state of a training. A log file or a pipe gets no bar and no 
 entry of a training, and of anything else that takes long a line soon after its start and one every half a minute.
 """
 
-import contextlib
 import os
 import sys
 import threading
@@ -29,20 +28,10 @@ ENTRIES = 5  # of a training's log, over which the time of a step is averaged
 Item = TypeVar("Item")
 
 
-def print_above(text: str) -> None:
-    """Print to standard output, above the bars, at once.
-
-    Raises:
-        OSError: it cannot be written: nobody reads it any more, or the disk is full.
-    """
+def say(text: str) -> None:
+    """Print what a run has found out, above the bars, at once."""
     tqdm.write(text)
     sys.stdout.flush()
-
-
-def say(text: str) -> None:
-    """Print what a run has found out, above the bars. If it cannot be written, the work goes on."""
-    with contextlib.suppress(OSError):
-        print_above(text)
 
 
 def progress(items: Iterable[Item], label: str, unit: str, total: int | None = None) -> Iterator[Item]:
@@ -110,8 +99,7 @@ class Bar:
 
     def _show(self) -> None:
         if not self._ended.wait(DELAY_SECONDS):
-            with contextlib.suppress(OSError, ValueError):  # the terminal or file may be gone, or closed
-                (self._draw if _shows_bars(self._stream) else self._log)()
+            (self._draw if _shows_bars(self._stream) else self._log)()
 
     def _draw(self) -> None:
         def layout(width: int) -> str:
@@ -180,8 +168,7 @@ class TrainingBar:
             self._line.refresh()
             return
         figures = [f"step {self.step}/{self.total_steps}", shown_loss, *beside, rate, self._left()]
-        with contextlib.suppress(OSError):  # a log that cannot be written, as on a full disk, must not end a training
-            print("  ".join(figures), file=sys.stderr, flush=True)
+        print("  ".join(figures), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End the bar's line, so that what is printed stands below it."""
@@ -208,15 +195,13 @@ class _Line(tqdm):  # type: ignore[type-arg]  # it takes one in the stubs only
 
     def __init__(self, layout: Callable[[int], str], stream: Any, total: int | None, **options: Any) -> None:
         self._text_for = layout
-        super().__init__(total=total, file=stream, dynamic_ncols=True, mininterval=0.1, miniters=0, **options)
+        super().__init__(total=total, file=stream, ncols=80, nrows=24, mininterval=0.1, miniters=0, **options)
 
     @property
     def format_dict(self) -> Any:
         """What tqdm draws from; overriding it is the way to a format of one's own that its README names."""
-        values = super().format_dict
-        columns = values["ncols"]  # one less than there are; of a terminal that does not tell, -1 or None
-        width = max(1, (79 if columns is None or columns < 0 else columns) - MARGIN)
-        return {**values, "ncols": width, "bar_format": self._text_for(width)}
+        width = max(1, _columns(self.fp) - 1 - MARGIN)
+        return {**super().format_dict, "ncols": width, "bar_format": self._text_for(width)}
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
@@ -234,6 +219,14 @@ class _Line(tqdm):  # type: ignore[type-arg]  # it takes one in the stubs only
 
 def _shows_bars(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"  # which cannot go back in what it shows
+
+
+def _columns(stream: TextIO) -> int:
+    """Return how wide a terminal is, now; 80 where it does not tell, as one that is made by a program may not."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def _layout(width: int, label: str, figures: list[str], beside: Iterable[str] = (), has_bar: bool = True) -> str:

@@ -103,11 +103,21 @@ class WarmScripts:
             env={**os.environ, **environment(folder)},
         )
 
-    def start(self, script: str, *args: object, cwd: Path, stdin: str = "", ranks: int = 0, **env: str) -> list[int]:
+    def start(
+        self,
+        script: str,
+        *args: object,
+        cwd: Path,
+        stdin: str = "",
+        ranks: int = 0,
+        streams: dict[str, str] | None = None,
+        terminal: str = "",
+        **env: str,
+    ) -> list[int]:
         """Start a script, or a command of the package by "-m" and its name; returns the process ids.
 
-        On several ranks as torchrun does, if told.
-        Wait for it with `finish` before starting another.
+        On several ranks as torchrun does, if told; with other files or devices for its streams, of which "" is a closed
+        one; and as what a terminal runs. Wait for it with `finish` before starting another.
         """
         self.files = {name: self.folder / name for name in ("stdin", "stdout", "stderr")}
         for path in self.files.values():
@@ -117,7 +127,9 @@ class WarmScripts:
             "cwd": str(cwd),
             "env": env,
             "ranks": rank_environments(ranks) if ranks else [{}],
+            "terminal": terminal,
             **{name: str(path) for name, path in self.files.items()},
+            **(streams or {}),
         }
         assert self.server.stdin and self.server.stdout
         self.server.stdin.write(json.dumps(request) + "\n")

@@ -1,10 +1,11 @@
 """Runs scripts in processes forked from one that has imported the heavy libraries already.
 
 Importing them takes six seconds, a bad flag a hundredth: forked, the tests that run the real scripts take minutes
-less. Requests are lines of JSON on standard input: argv, cwd, env, stdin, stdout, stderr, and the environment of each
-rank that runs the script; each is answered by a line with the process ids at once, and one with the exit codes
-(negative: the signal) when the processes have ended. To take apart what was imported would cost each of them 0.4 s
-more, at its very end: they leave as the interpreter would, but for that.
+less. Requests are lines of JSON on standard input: argv, cwd, env, stdin, stdout, stderr (empty: closed), terminal
+(empty, or the one that it is to belong to), and the environment of each rank that runs the script; each is answered by
+a line with the process ids at once, and one with the exit codes (negative: the signal) when the processes have ended.
+To take apart what was imported would cost each of them 0.4 s more, at its very end: they leave as the interpreter
+would, but for that.
 """
 
 import atexit
@@ -24,13 +25,20 @@ from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Tokenizer  # noq
 
 
 def run(request: dict, rank: dict) -> None:
+    if request["terminal"]:
+        os.setsid()
+        os.open(request["terminal"], os.O_RDWR)  # the first that a session opens is the one that it belongs to
     written = os.O_WRONLY | os.O_APPEND
     for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", written), (2, "stderr", written)):
-        os.dup2(os.open(request[name], flags), number)
-    # New ones: the old stdin holds what was read of other requests, and the others what this process's streams were.
-    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
-    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
-    sys.stderr.reconfigure(line_buffering=True)
+        os.dup2(os.open(request[name] or os.devnull, flags), number)
+        # New ones: the old stdin holds what was read of other requests, the others what this process's streams were.
+        stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream if request[name] else None)  # as the interpreter does
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if not request[name]:
+            os.close(number)
+    if sys.stderr:
+        sys.stderr.reconfigure(line_buffering=True)
     os.chdir(request["cwd"])
     os.environ.update({**request["env"], **rank})
     sys.argv = request["argv"]
@@ -68,7 +76,8 @@ def run_and_exit(request: dict, rank: dict) -> None:
             thread.join()
     atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except OSError:
         code = 120
     os._exit(code & 255)

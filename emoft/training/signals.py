@@ -1,5 +1,6 @@
-"""SIGINT and SIGTERM: finish the step, save, then leave. A second signal leaves at once."""
+"""SIGINT, SIGTERM and SIGHUP: finish the step, save, then leave. A second SIGINT or SIGTERM leaves at once."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 
@@ -7,7 +8,11 @@ from emoft.distributed.world import World
 
 
 class StopSignals:
-    """While this context is open, the first SIGINT or SIGTERM is only noted, for the loop to ask for."""
+    """While this context is open, the first of these signals is only noted, for the loop to ask for.
+
+    SIGHUP comes when the terminal is closed or the connection to it is lost; what `nohup` starts ignores it, and goes
+    on doing so.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -16,7 +21,10 @@ class StopSignals:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if os.name == "posix" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -31,7 +39,8 @@ class StopSignals:
         if self.world.launched:
             return  # Ctrl-C comes twice, from the terminal and from torchrun, which itself ends what takes too long
         for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
+            # A terminal that is closed tells so twice, once itself and once by its shell.
+            signal.signal(each, signal.SIG_DFL if each in (signal.SIGINT, signal.SIGTERM) else signal.SIG_IGN)
 
     def poll(self) -> signal.Signals | None:
         """Ask all ranks, and return a signal that one of them has received, if there is one; a collective."""
@@ -41,10 +50,10 @@ class StopSignals:
 
     @property
     def name(self) -> str:
-        """SIGINT, SIGTERM, or nothing."""
+        """SIGINT, SIGTERM, SIGHUP, or nothing."""
         return self.received.name if self.received else ""
 
     @property
     def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM, by the shell's custom of 128 + number; 0 without a signal."""
+        """By the shell's custom 128 + number: 129 after SIGHUP, 130 SIGINT, 143 SIGTERM; 0 without a signal."""
         return 128 + self.received if self.received else 0
