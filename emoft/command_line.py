@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 import yaml
 
 from emoft.errors import UserError
-from emoft.flags import Command, Flag, flags_of, read_value, shown_default
+from emoft.flags import Command, Flag, flags_of, read_path, read_value, shown_default
 from emoft.help import help_text
 from emoft.suggestions import one_of, suggest, unknown_flag
 
@@ -110,7 +110,7 @@ def _read_words(command: Command, flags: Sequence[Flag], words: Sequence[str]) -
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     positional = [flag for flag in flags if flag.positional]
     for flag in flags:
-        read = partial(read_value, flag)
+        read = partial(_read_word, flag)
         if flag.kind is bool:
             # A word after it would be its value; where positional ones come after flags, it takes none.
             if positional:
@@ -129,12 +129,16 @@ def _read_words(command: Command, flags: Sequence[Flag], words: Sequence[str]) -
         strays = [word for word in rest if not _is_flag(word)]
         if not strays:
             raise UserError(f"name a {flag.name.upper()}: {flag.help}, as in {next(iter(command.examples))}")
-        given[flag.name] = read_value(flag, strays[0])
+        given[flag.name] = _read_word(flag, strays[0])
         rest.remove(strays[0])
     if rest:
         unknown = _is_flag(rest[0])
         raise UserError(_unknown(rest[0], command, flags) if unknown else _stray(rest, command, flags, words))
     return given
+
+
+def _read_word(flag: Flag, text: str) -> Any:
+    return read_value(flag, read_path(flag, text))
 
 
 def _spellings(name: str) -> Iterable[str]:
@@ -228,8 +232,8 @@ def _read_yaml(path: Path, command: Command, flags: Sequence[Flag]) -> dict[str,
             continue
         if not all(isinstance(text, str) for text in texts) or (len(texts) > 1 and not flag.is_list):
             raise UserError(f"--{flag.name} takes {'words' if flag.is_list else 'one value'}: put a text in quotes")
-        if flag.value_name == "FILE":
-            texts = [str(path.parent / os.path.expanduser(text)) if text else "" for text in texts]
-        values = [read_value(flag, text) for text in texts]
+        # A preset belongs to nobody's folder: what it names besides its own files lies where it is used.
+        folder = None if path.parent == command.presets and flag.value_name != "FILE" else path.parent
+        values = [read_value(flag, read_path(flag, text, folder)) for text in texts]
         given[flag.name] = values if flag.is_list else values[0]
     return given

@@ -4,7 +4,7 @@ Nothing here or below takes long to import, so that --help and a mistake in the 
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -12,6 +12,7 @@ import yaml
 
 from emoft.errors import UserError
 from emoft.flags import (
+    PATHS,
     Check,
     Command,
     Count,
@@ -26,12 +27,14 @@ from emoft.flags import (
     Probability,
     Seed,
     Share,
+    flags_of,
     option,
 )
 
 PRESETS = Path(__file__).parent / "presets"
 INPUT_FILES = ("train_file", "validation_file", "test_file")
 VocabularySize = Annotated[int, Check(lambda value: value >= 257, "must hold 256 bytes and end-of-text: 257 or more")]
+OutputFolder = Annotated[Folder, Check(lambda value: value != "", "must name a folder")]
 LengthOrSaved = Annotated[int, Check(lambda value: value == 0 or value >= 2, "must be 0 or at least 2")]
 
 
@@ -151,7 +154,7 @@ class TrainConfig:
         False, "keep fewer activations and compute them again: less memory, slower", on_resume="free"
     )
 
-    output_dir: Folder = option(
+    output_dir: OutputFolder = option(
         "gpt2-emotion-finetuned", "folder of the model, checkpoints and logs", begins_group="Output", on_resume="free"
     )
     overwrite_output_dir: bool = option(False, "delete the run that output_dir holds and start anew", on_resume="free")
@@ -168,7 +171,7 @@ class TrainConfig:
     early_stopping_patience: CountOrOff = option(
         0, "stop after so many evaluations without a new best (0: off)", on_resume="free"
     )
-    resume_from_checkpoint: Folder = option(
+    resume_from_checkpoint: NameOrFolder = option(
         "", "go on from this checkpoint folder, or from the `latest` of output_dir", on_resume="free"
     )
 
@@ -332,11 +335,15 @@ class GradientsConfig:
 
 
 def config_text(config: TrainConfig) -> str:
-    """Return the resolved configuration as YAML, with the whole paths of its files."""
-    values = asdict(config)
-    for name in INPUT_FILES:
-        if values[name]:
-            values[name] = os.path.abspath(values[name])
+    """Return the resolved configuration as YAML, which says the same in any folder: its paths are whole.
+
+    What a command did to begin, to resume or to overwrite, is not part of what it ran.
+    """
+    values = asdict(replace(config, overwrite_output_dir=False, resume_from_checkpoint=""))
+    for flag in flags_of(TrainConfig):
+        value = values[flag.name]
+        if flag.value_name in PATHS and value and (flag.value_name != "NAME_OR_FOLDER" or os.path.exists(value)):
+            values[flag.name] = os.path.abspath(value)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

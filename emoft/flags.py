@@ -1,5 +1,6 @@
 """What a flag is: a field of a dataclass with its sentence, and how a word of the command line becomes its value."""
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -48,9 +49,11 @@ Probability = Annotated[float, Check(lambda value: 0 < value <= 1, "must be abov
 Seed = Annotated[int, Check(lambda value: 0 <= value < 2**32, "must be at least 0 and below 2**32")]
 Length = Annotated[int, Check(lambda value: value >= 2, "must be at least 2, a token and the next one")]
 Name = Annotated[str, ValueName("NAME")]
-File = Annotated[str, ValueName("FILE")]  # a YAML file names it relative to itself
+# Paths: ~ is the home folder, and in a YAML file they are relative to it; see `read_path`.
+File = Annotated[str, ValueName("FILE")]
 Folder = Annotated[str, ValueName("FOLDER")]
 NameOrFolder = Annotated[str, ValueName("NAME_OR_FOLDER")]
+PATHS = ("FILE", "FOLDER", "NAME_OR_FOLDER")
 
 
 def option(
@@ -186,6 +189,22 @@ def read_value(flag: Flag, text: str) -> Any:
         if not check.holds(value):
             raise UserError(f"{given} {check.text}")
     return value
+
+
+def read_path(flag: Flag, text: str, folder: Path | None = None) -> str:
+    """Return the path that a word stands for; the word itself if the flag takes none, or if it is a name.
+
+    Args:
+        flag: that it was given for.
+        text: the word.
+        folder: of the YAML file in which it stands; None for the command line.
+    """
+    if flag.value_name not in PATHS or not text:
+        return text
+    text = os.path.expanduser(text)
+    if folder is None or (flag.value_name == "NAME_OR_FOLDER" and not (text[0] == "." or (folder / text).is_dir())):
+        return text
+    return str(folder / text)
 
 
 def _whole(text: str) -> str:

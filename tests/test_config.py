@@ -67,6 +67,31 @@ class TestYaml:
         config = parse_config(TrainConfig, ["--config", str(tmp_path / "run.yaml")])
         assert config.train_file == str(tmp_path / "a" / "b.csv")
 
+    def test_all_paths_are_looked_for_beside_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And ~ is the home folder, on the command line too; names of the Hub and presets are left as they are."""
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        (tmp_path / "models" / "small").mkdir(parents=True)
+        (tmp_path / "run.yaml").write_text(
+            "output_dir: out\nmodel_name_or_path: models/small\ntokenizer_name: ./tokens\nvalidation_file: ~/v.csv\n"
+            "dataset_name: dair-ai/emotion\nresume_from_checkpoint: latest\n"
+        )
+        config = parse_config(TrainConfig, ["--config", str(tmp_path / "run.yaml"), "--test_file=~/t.csv"])
+        assert config.output_dir == str(tmp_path / "out")
+        assert config.model_name_or_path == str(tmp_path / "models" / "small")
+        assert config.tokenizer_name == str(tmp_path / "tokens")
+        assert (config.dataset_name, config.resume_from_checkpoint) == ("dair-ai/emotion", "latest")
+        assert config.validation_file == str(tmp_path / "home" / "v.csv")
+        assert config.test_file == str(tmp_path / "home" / "t.csv")
+        for flag in ("train_file", "output_dir", "model_name_or_path", "dataset_name", "resume_from_checkpoint"):
+            words = [f"--{flag}=~/a b"]
+            assert getattr(parse_config(TrainConfig, words), flag) == str(tmp_path / "home" / "a b"), flag
+        assert parse_config(GenerateConfig, ["--prompts_file", "-"]).prompts_file == "-"
+        assert parse_config(TrainConfig, ["--config", "demo"]).output_dir == "emoft-demo"
+
+    def test_no_folder_is_not_the_current_one(self) -> None:
+        with pytest.raises(UserError, match="--output_dir '' must name a folder"):
+            parse_config(TrainConfig, ["--output_dir", ""])
+
     def test_what_a_run_saves_is_taken_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         words = [
@@ -76,13 +101,21 @@ class TestYaml:
             "b",
             "--template={label}: {text} # ភាសា",
             "--max_steps=-1",
+            "--model_name_or_path=base",
+            "--resume_from_checkpoint=latest",
         ]
         config = parse_config(TrainConfig, words)
         (tmp_path / "out").mkdir()
+        (tmp_path / "base").mkdir()
         save_config(config, tmp_path / "out" / "train_config.yaml")
         monkeypatch.chdir("/")
         again = parse_config(TrainConfig, ["--config", str(tmp_path / "out" / "train_config.yaml")])
-        assert asdict(again) == {**asdict(config), "train_file": str(tmp_path / "x.csv")}
+        whole = {"train_file": "x.csv", "output_dir": config.output_dir, "model_name_or_path": "base"}
+        assert asdict(again) == {
+            **asdict(config),
+            **{name: str(tmp_path / path) for name, path in whole.items()},
+            "resume_from_checkpoint": "",
+        }
 
     @pytest.mark.parametrize("name", preset_names(PRESETS))
     def test_presets_are_complete(self, name: str) -> None:

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 # A module imports only from its own line and those above it. On a line with several rooms, none imports another.
 ORDER = [
-    ["emoft.errors", "emoft.colors"],
+    ["emoft.streams", "emoft.colors"],
+    ["emoft.errors"],
     ["emoft.terminal", "emoft.files", "emoft.private"],
     ["emoft.flags", "emoft.suggestions", "emoft.help", "emoft.command_line"],
     ["emoft.config"],

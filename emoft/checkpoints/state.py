@@ -159,15 +159,20 @@ def load_state(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read ({reason}): resume from another checkpoint") from None
     now = asdict(config)
-    changed = [
-        f"--{name} {value}, not {now.get(name)}"
+    changed = {
+        name: value
         for name, value in saved.items()
         if name not in FREE_TO_CHANGE and name not in STEP_SIZE and value != now.get(name)
-    ]
+    }
+    if changed.get("mixed_precision") == "auto":
+        if config.mixed_precision == state.get("precision"):  # the same under its own name
+            del changed["mixed_precision"]
+        else:
+            changed["mixed_precision"] = f"auto, which was {state.get('precision', 'chosen by the device')}"
     if changed:
+        told = "; ".join(f"--{name} {before}, not {now.get(name)}" for name, before in changed.items())
         raise UserError(
-            f"{checkpoint} was trained with {'; '.join(changed)}: resume with the same values, or start anew in another"
-            " --output_dir"
+            f"{checkpoint} was trained with {told}: resume with the same values, or start anew in another --output_dir"
         )
     return state
 

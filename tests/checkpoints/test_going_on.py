@@ -163,19 +163,30 @@ def test_an_old_checkpoint_does_not_say_what_it_was_evaluated_on(
     assert again.error_lines == []
 
 
-def test_another_precision_is_told(run: Run, tiny_model: Path, train_file: Path) -> None:
-    """`auto` takes what the processor has, which may be another one."""
-    words = flags(tiny_model, train_file, max_steps=2, save_steps=1)
-    words = [word for word in words if "mixed_precision" not in word]
-    here = torch.cpu.is_available() and run("train.py", *words, "--mixed_precision=auto")
-    assert here.code == 0, here.err
+def test_another_precision_is_told(run: Run, tiny_model: Path, train_file: Path, tmp_path: Path) -> None:
+    """`auto` takes what the processor has: the run goes on, says so, and names the flag that keeps it, which does."""
+    from emoft.checkpoints.manifest import write_manifest
     from emoft.training.precision import Precision
 
-    begun = Precision("auto", torch.device("cpu")).name
-    other = {"bf16": "no", "no": "bf16"}[begun]
-    again = run("train.py", *words, "--resume_from_checkpoint=run/checkpoint-1", f"--mixed_precision={other}")
-    told = f"begun in {begun} and goes on in {other}"
-    assert told in again.err or "--mixed_precision" in again.error_lines[-1]
+    words = flags(tiny_model, train_file, max_steps=2, save_steps=1)
+    words = [word for word in words if "mixed_precision" not in word]
+    assert run("train.py", *words).code == 0
+    here = Precision("auto", torch.device("cpu")).name
+    begun = {"bf16": "no", "no": "bf16"}[here]
+    checkpoint = tmp_path / "run/checkpoint-1"  # as another processor would have written it
+    state = torch.load(checkpoint / "training_state.pt", weights_only=True)
+    torch.save({**state, "precision": begun}, checkpoint / "training_state.pt")
+    write_manifest(checkpoint, 1)
+    words += [f"--resume_from_checkpoint={checkpoint}"]
+    again = run("train.py", *words)
+    assert again.code == 0, again.err
+    assert f"begun in {begun} and goes on in {here}" in again.err and f"--mixed_precision {begun} keeps it" in again.err
+    kept = run("train.py", *words, "--mixed_precision", begun)
+    assert (kept.code, kept.error_lines) == (0, []), kept.err
+    assert f"({begun})" in kept.out
+    other = run("train.py", *words, "--mixed_precision", here)
+    assert other.code == 2
+    assert f"--mixed_precision auto, which was {begun}, not {here}" in other.error_lines[-1]
 
 
 @pytest.mark.parametrize("name", ["checkpoint-2-good", "my copy", "checkpoint-2.bak", "best"])
