@@ -61,8 +61,8 @@ def main(config: GenerateConfig, prompts: list[str]) -> int:
         changed = [name for name in SAMPLING if getattr(config, name) != getattr(GenerateConfig, name)]
         if changed:
             warn(f"--{changed[0]} shapes random draws, and there are none: add --do_sample")
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    model = load_model(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, revision=config.model_revision)
+    model = load_model(config.model_name_or_path, config.model_revision)
     check_fit(model, tokenizer)
     texts = 1 if config.interactive else min(config.batch_size, len(prompts) * config.num_return_sequences)
     precision = choose_generation_precision(config.mixed_precision, choose_device(config.use_cpu), texts)

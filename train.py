@@ -57,7 +57,8 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
         print(found)
     texts = (text_format.fill(**row) for row in splits["train"])
     if checkpoint:
-        config = dataclasses.replace(config, model_name_or_path=str(checkpoint), config_overrides="", tokenizer_name="")
+        config = dataclasses.replace(config, model_name_or_path=str(checkpoint), model_revision="main")
+        config = dataclasses.replace(config, tokenizer_name="", config_overrides="")
     model, tokenizer = load_model_and_tokenizer(config, texts)
     check_room(tokenizer, text_format)
     tokenized = {name: tokenize(rows, tokenizer, text_format, name) for name, rows in splits.items()}

@@ -62,6 +62,7 @@ class TrainConfig:
         begins_group="Model",
         on_resume="free",
     )
+    model_revision: Name = option("main", "branch, tag or commit of a model_name_or_path on the Hub", on_resume="free")
     config_overrides: str = option(
         "", "for a fresh model: GPT2Config values, such as n_layer=4,n_embd=256,n_head=4", on_resume="free"
     )
@@ -81,6 +82,7 @@ class TrainConfig:
     dataset_config_name: Name = option(
         "", "the configuration of dataset_name (empty: its only one; split of dair-ai/emotion)", on_resume="data"
     )
+    dataset_revision: Name = option("main", "branch, tag or commit of a dataset_name on the Hub", on_resume="data")
     train_file: File = option("", "a .csv, .tsv, .json, .jsonl, .parquet or .txt file to train on", on_resume="data")
     validation_file: File = option("", "a file to evaluate on", on_resume="free")
     test_file: File = option("", "a file to evaluate the final model on, once", on_resume="free")
@@ -216,6 +218,7 @@ class GenerateConfig:
     model_name_or_path: NameOrFolder = option(
         "gpt2-emotion-finetuned", "a folder that train.py wrote, or a GPT-2 on the Hub", begins_group="Model"
     )
+    model_revision: Name = option("main", "branch, tag or commit of a model_name_or_path on the Hub")
 
     prompt: list[str] = option(
         [], "text to continue, as it is; may repeat", begins_group="What to continue", repeats=True
@@ -264,6 +267,7 @@ class EvaluateConfig:
     model_name_or_path: NameOrFolder = option(
         "gpt2-emotion-finetuned", "a folder that train.py wrote, or a GPT-2 on the Hub", begins_group="Model"
     )
+    model_revision: Name = option("main", "branch, tag or commit of a model_name_or_path on the Hub")
 
     dataset_name: NameOrFolder = option(
         "dair-ai/emotion", "a data set on the Hub or in a folder; --test_file goes before it", begins_group="Data"
@@ -271,6 +275,7 @@ class EvaluateConfig:
     dataset_config_name: Name = option(
         "", "the configuration of dataset_name (empty: its only one; split of dair-ai/emotion)"
     )
+    dataset_revision: Name = option("main", "branch, tag or commit of a dataset_name on the Hub")
     split: Name = option("test", "the split of dataset_name to evaluate on")
     test_file: File = option("", "a file to evaluate on, of the kinds that train.py reads")
     train_file: File = option(

@@ -113,6 +113,7 @@ def libraries_are_loaded() -> None:
     """Leave Ctrl-C to the script from here on, and keep the libraries from speaking: what matters, emoft says."""
     # Here, since this module is there to be read before them.
     import datasets
+    import huggingface_hub
     import transformers
 
     _is_loaded.set()
@@ -123,3 +124,4 @@ def libraries_are_loaded() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and saving, which take a moment
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told by our own
+    huggingface_hub.logging.set_verbosity(logging.CRITICAL)

@@ -48,14 +48,14 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def log_message(self, *args: object) -> None:
-        self.server.requests.append(f"{self.command} {self.path}")
+        self.server.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
 
     def answer(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         path = unquote(urlsplit(self.path).path)
         match = FILE.fullmatch(path) or API.fullmatch(path)
-        if self.server.is_down:
-            self.send(503)
+        if self.server.status:
+            self.send(self.server.status, self.server.page, Content_Type="text/html")
         elif path == "/":
             self.send(200, b"a Hub")
         elif not match:
@@ -76,11 +76,15 @@ class Handler(BaseHTTPRequestHandler):
         if "/" not in name or not (repositories / name).is_dir():
             return self.send(401, error="RepoNotFound")
 
-        root = repositories / name
-        files = {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
-        commit = hashlib.sha1("".join(sorted(f"{path} {object_id(files[path])}\n" for path in files)).encode())
-        self.commit = commit.hexdigest()
-        if match["revision"] not in (None, "main", self.commit):
+        for root in [repositories / name, *repositories.glob(f"{name}@*")]:
+            paths = [file for file in root.rglob("*") if file.is_file()]
+            files = {file.relative_to(root).as_posix(): file.read_bytes() for file in paths}
+            ids = "".join(sorted(f"{path} {object_id(files[path])}\n" for path in files))
+            self.commit = hashlib.sha1(ids.encode()).hexdigest()
+            branch = root.name.partition("@")[2] or "main"
+            if (match["revision"] or "main") in (branch, self.commit):
+                break
+        else:
             return self.send(404, error="RevisionNotFound")
         if match.re is FILE:
             return self.send_file(match["path"], files)
@@ -141,18 +145,30 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(last + 1 - first))
         self.end_headers()
         if self.command != "HEAD":
+            content = content[first : last + 1]
+            if self.server.cuts and len(content) > self.server.cuts:
+                content, self.close_connection = content[: self.server.cuts], True
             with suppress(ConnectionError):
-                self.wfile.write(content[first : last + 1])
+                self.wfile.write(content)
 
 
 class HubServer(ThreadingHTTPServer):
     """Serves `folder` until its `with` block ends; `requests` lists what it was asked.
 
-    A server that `is_down` answers everything with status 503.
+    A folder NAME@REVISION beside that of a repository holds a branch of it.
     """
 
-    def __init__(self, folder: Path, port: int, is_down: bool = False) -> None:
-        self.folder, self.is_down = folder, is_down
+    def __init__(self, folder: Path, port: int, status: int = 0, page: bytes = b"", cuts: int = 0) -> None:
+        """Open it.
+
+        Args:
+            folder: of the repositories.
+            port: of loopback.
+            status: if given, all that it ever answers, with this page.
+            page: see status.
+            cuts: a line that breaks after so many bytes of a file (0: never).
+        """
+        self.folder, self.status, self.page, self.cuts = folder, status, page, cuts
         self.requests: list[str] = []
         super().__init__(("127.0.0.1", port), Handler)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

@@ -248,7 +248,7 @@ class TestGenerate:
 
     def test_a_message_offers_nothing_that_the_script_has_not(self, run: Callable[..., Result], plain: Path) -> None:
         missing = run("generate.py", "--model_name_or_path=nowhere", "--emotion=joy")
-        refused(missing, "no folder nowhere")
+        refused(missing, "nowhere: no such folder")
         for result in (
             missing,
             run("generate.py", "--model_name_or_path=nobody/nothing"),

@@ -18,7 +18,7 @@ from emoft.data.cache import cache_dir, cache_fault, content_hash
 from emoft.data.folders import files_of_splits
 from emoft.data.formats import Columns, class_names, guess_delimiter, read_rows
 from emoft.data.labels import clean_label, differ_in_case_only, label_name
-from emoft.data.sources import check_file
+from emoft.data.sources import check_file, is_folder
 from emoft.data.template import TextFormat
 from emoft.data.tokens import fingerprint
 from emoft.errors import UserError, warn
@@ -177,10 +177,12 @@ def _read_dataset(config: DataConfig, needed: str, wanted: tuple[str, ...], with
     # The default of the default data set only: another has configurations of its own, or a single one.
     config_name = config.dataset_config_name or ("split" if name == TrainConfig.dataset_name else "")
     found: dict[str, Any]
-    if hub.is_local(name, "data set", "dataset_name"):
-        found = files_of_splits(Path(name).expanduser(), config_name)
+    if is_folder(name, "data set", "dataset_name"):
+        if config.dataset_revision != "main":
+            raise UserError(f"--dataset_name {name} is a folder: leave --dataset_revision away")
+        found = files_of_splits(Path(name), config_name)
     else:
-        found = _load_from_hub(name, config_name)
+        found = _load_from_hub(name, config_name, config.dataset_revision)
     if needed not in found:
         raise UserError(f"--dataset_name {name} has no split {needed}, only {', '.join(found)}: choose another")
     return {
@@ -199,16 +201,23 @@ def _read_files(config: DataConfig, paths: list[Path], with_label: bool) -> Sour
     return Source(rows, ", ".join(source.where for source in sources), sources[0].classes)
 
 
-def _load_from_hub(name: str, config_name: str) -> dict[str, Any]:
+def _load_from_hub(name: str, config_name: str, revision: str) -> dict[str, Any]:
+    reason = hub.ask(name, "data set", "dataset_name", revision)
+    if reason and revision != "main":
+        # The library takes from its cache what it has of that name.
+        raise UserError(
+            f"--dataset_revision {revision}: the Hub is out of reach ({reason}), and the cache does not tell revisions"
+            " apart: go online, or leave it away"
+        )
     try:
         with Bar(f"Reading {name}"):
-            return datasets.load_dataset(name, config_name or None, cache_dir=cache_dir())
+            return datasets.load_dataset(name, config_name or None, revision=revision, cache_dir=cache_dir())
     except Exception as error:  # the libraries raise dozens of types for what is one case to the user
         if isinstance(error, ValueError) and "onfig" in str(error):
             raise UserError(
                 f"--dataset_config_name {config_name or '(none)'} of {name}: {error}; choose another"
             ) from None
-        raise hub.not_found(name, "data set", "dataset_name", error) from None
+        raise hub.not_found(name, "data set", "dataset_name", error, reason) from None
 
 
 def _as_strings(rows: Dataset, where: str, config: DataConfig, with_label: bool) -> Source:

@@ -135,8 +135,12 @@ class TextFormat:
             raise ValueError(f"labels is {str(self.labels)[:40]}, not a list of strings")
 
     @classmethod
-    def load(cls, folder: Path) -> "TextFormat":
+    def load(cls, folder: Path, name: str = "") -> "TextFormat":
         """Read the format saved beside a model.
+
+        Args:
+            folder: of the model.
+            name: that the user gave it, if it is not the folder's.
 
         Raises:
             UserError: there is none, or it is not one of ours.
@@ -147,13 +151,8 @@ class TextFormat:
             found.check_types()
             return found
         except FileNotFoundError:
-            if not folder.is_dir():
-                raise UserError(
-                    f"no folder {folder} here, and a model on the Hub tells no template: check the path, or give"
-                    " --prompt instead of --emotion"
-                ) from None
             raise UserError(
-                f"{folder} has no {FORMAT_FILE}, which holds its template: give --prompt instead of --emotion"
+                f"{name or folder} has no {FORMAT_FILE}, which holds its template: give --prompt instead of --emotion"
             ) from None
         except (TypeError, ValueError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): copy it again from the training run") from None

@@ -10,6 +10,7 @@ from datasets import Dataset
 from PIL import Image
 
 from emoft.config import EvaluateConfig
+from emoft.data import hub
 from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_evaluation_splits
 from emoft.data.template import TextFormat
@@ -21,6 +22,7 @@ from emoft.evaluate.confusion import confusion_map
 from emoft.evaluate.quality import IndependentClassifier, TrainingTexts, assess, format_quality, sample
 from emoft.evaluate.scoring import evaluate, format_figures
 from emoft.files import CONFUSION_FILE, EVALUATION_FILE, FORMAT_FILE, SAMPLES_FILE, finite, make_folder, write_json
+from emoft.hints import python
 from emoft.model.attention import use_packed_attention
 from emoft.model.kernels import keep_freed_memory, use_fast_kernels
 from emoft.model.loading import TextModel, check_fit, load_model
@@ -35,19 +37,19 @@ def read_format(config: EvaluateConfig) -> TextFormat:
     Raises:
         UserError: there is none, and no flag gives one.
     """
-    folder = Path(config.model_name_or_path)
+    name = config.model_name_or_path
+    if name == EvaluateConfig.model_name_or_path and not Path(name).is_dir():
+        raise UserError(
+            f"no folder {name} here: train first with {python()} train.py, or name a model by --model_name_or_path"
+        )
+    folder = hub.model_folder(name, "model_name_or_path", config.model_revision)
     if (folder / FORMAT_FILE).exists():
         text_format = TextFormat.load(folder)
     elif config.template:
         text_format = TextFormat(config.template)
-    elif not folder.is_dir():
-        raise UserError(
-            f"--model_name_or_path {folder} is no folder here, and models of the Hub have no template: check the path,"
-            " train first with python train.py, or give --template, such as '{text}'"
-        )
     else:
         raise UserError(
-            f"--model_name_or_path {folder} has no {FORMAT_FILE}, which holds its template: give --template, such as"
+            f"--model_name_or_path {name} has no {FORMAT_FILE}, which holds its template: give --template, such as"
             " '{text}' or '{label}: {text}'"
         )
     if config.template and config.template != text_format.template:
@@ -88,8 +90,8 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
         if found and not config.json:
             print(found)
 
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    model = load_model(config.model_name_or_path)
+    tokenizer = load_tokenizer(config.model_name_or_path, revision=config.model_revision)
+    model = load_model(config.model_name_or_path, config.model_revision)
     check_fit(model, tokenizer)
     if text_format.max_length > model.config.n_positions:
         raise UserError(

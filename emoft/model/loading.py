@@ -35,29 +35,33 @@ class TextModel:
     text_format: TextFormat
 
 
-def load_model(name: str) -> GPT2LMHeadModel:
+def load_model(name: str, revision: str = "main") -> GPT2LMHeadModel:
     """Load a GPT-2 from a folder or the Hub, in float32. Its settings of generation are not taken: ours are flags.
+
+    Args:
+        name: of the folder or repository.
+        revision: of the repository.
 
     Raises:
         UserError: there is none, it is not a GPT-2, or its weights cannot be read, or are not those of a whole GPT-2.
     """
     flag = "model_name_or_path"
-    is_local = hub.is_local(name, "model", flag)
-    if is_local and not (Path(name) / "config.json").is_file():
+    folder = hub.model_folder(name, flag, revision)
+    if not (folder / "config.json").is_file():
         raise UserError(f"--{flag} {name} has no config.json: name a folder that save_pretrained or train.py wrote")
-    if is_local and not any(Path(name).glob("*.safetensors")) and any(Path(name).glob("*.bin")):
+    if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"--{flag} {name} holds its weights as .bin, which may run code when it is loaded: convert it where you"
-            " trust it, by GPT2LMHeadModel.from_pretrained(folder).save_pretrained(folder), which writes .safetensors"
+            f"--{flag} {name} holds no weights as .safetensors, and others, as .bin, may run code when they are loaded:"
+            f" where you trust them, GPT2LMHeadModel.from_pretrained({name!r}).save_pretrained('FOLDER') converts them"
         )
     try:
         # Code that a repository brings along is never run, and nobody is asked whether it may.
-        model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        model_type = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if model_type != "gpt2":
             raise UserError(f"--{flag} {name} is a {model_type} model: emoft trains GPT-2")
         # Half-precision weights are widened: AdamW's small updates would be lost in them.
         loaded: Any = GPT2LMHeadModel.from_pretrained(
-            name,
+            folder,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -68,11 +72,7 @@ def load_model(name: str) -> GPT2LMHeadModel:
     except UserError:
         raise
     except Exception as error:  # the libraries raise dozens of types for what is one case to the user
-        if is_local:
-            raise UserError(
-                f"--{flag} {name} cannot be loaded ({error}): name another folder, or save it again"
-            ) from None
-        raise hub.not_found(name, "model", flag, error) from None
+        raise UserError(f"--{flag} {name} cannot be loaded ({error}): name another folder, or save it again") from None
     model: GPT2LMHeadModel = loaded[0]
     _check_weights(f"--{flag} {name}", loaded[1])
     # Transformers 4 reads the word of the configuration, 5 the weights: where the file has a head of its own, both are
@@ -166,8 +166,11 @@ def load_model_and_tokenizer(config: TrainConfig, texts: Iterable[str]) -> tuple
     elif fresh:
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
-        tokenizer = load_tokenizer(config.model_name_or_path)
-    model = fresh_model(config.config_overrides, tokenizer) if fresh else load_model(config.model_name_or_path)
+        tokenizer = load_tokenizer(config.model_name_or_path, revision=config.model_revision)
+    if fresh:
+        model = fresh_model(config.config_overrides, tokenizer)
+    else:
+        model = load_model(config.model_name_or_path, config.model_revision)
 
     check_fit(model, tokenizer)
     positions = model.config.n_positions

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from emoft.config import GenerateConfig
+from emoft.data.sources import is_folder
 from emoft.data.template import TextFormat
 from emoft.errors import UserError
 from emoft.hints import python
@@ -38,7 +39,12 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     if config.text and not config.emotion:
         raise UserError("--text goes with --emotion: add one, or give the whole prompt by --prompt")
     if config.emotion:
-        return [TextFormat.load(Path(config.model_name_or_path)).prompt(config.emotion, config.text)]
+        folder = Path(name)
+        if not is_folder(name, "model", "model_name_or_path"):
+            from emoft.data import hub  # here, since of a folder the first second tells which emotions it knows
+
+            folder = hub.model_folder(name, "model_name_or_path", config.model_revision)
+        return [TextFormat.load(folder, name).prompt(config.emotion, config.text)]
     if config.prompts_file:
         return _lines(config.prompts_file)
     return config.prompt or [TUTORIAL_PROMPT]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,30 +14,32 @@ from emoft.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 
 
-def load_tokenizer(name: str, flag: str = "model_name_or_path") -> GPT2Tokenizer:
+def load_tokenizer(name: str, flag: str = "model_name_or_path", revision: str = "main") -> GPT2Tokenizer:
     """Load the tokenizer of a folder or the Hub as it is; pad becomes end-of-text, since GPT-2 has none of its own.
+
+    Args:
+        name: of the folder or repository.
+        flag: that names it, for the message, without dashes.
+        revision: of the repository.
 
     Raises:
         UserError: there is none, or one whose tokens are no bytes, or without an end-of-text.
     """
-    what = "tokenizer" if flag == "tokenizer_name" else "model with a tokenizer"
-    is_local = hub.is_local(name, what, flag)
+    folder = hub.model_folder(name, flag, revision)
     try:
-        tokenizer = _read_tokenizer(name)
+        tokenizer = _read_tokenizer(folder)
         if len(tokenizer) < 257:  # not even the 256 bytes: the library found no files and made an empty tokenizer
             raise FileNotFoundError("no vocab.json and merges.txt, nor tokenizer.json")
     except UserError as error:
         raise UserError(f"--{flag} {name}: {error}") from None
     except Exception as error:  # the libraries raise dozens of types for what is one case to the user
-        if is_local:
-            raise UserError(f"--{flag} {name} holds no tokenizer ({error}): add the files, or name another") from None
-        raise hub.not_found(name, what, flag, error) from None
+        raise UserError(f"--{flag} {name} holds no tokenizer ({error}): add the files, or name another") from None
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def _read_tokenizer(name: str) -> GPT2Tokenizer:
+def _read_tokenizer(folder: Path) -> GPT2Tokenizer:
     """Return GPT-2's tokenizer where it makes the same tokens as tokenizer.json says, else what that file says.
 
     The library builds GPT-2's class anew from the vocabulary alone, whatever else tokenizer.json holds.
@@ -44,9 +47,9 @@ def _read_tokenizer(name: str) -> GPT2Tokenizer:
     Raises:
         UserError: its tokens do not stand for bytes, or none of them is an end of text.
     """
-    rebuilt = GPT2Tokenizer.from_pretrained(name, trust_remote_code=False)
+    rebuilt = GPT2Tokenizer.from_pretrained(folder, trust_remote_code=False)
     try:
-        exact = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
+        exact = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     except Exception:  # there is no tokenizer.json, only the vocabulary and the merges, of which GPT-2's class is made
         return rebuilt
     if _pipeline(exact) == _pipeline(rebuilt):

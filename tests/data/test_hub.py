@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -74,7 +75,15 @@ class Hub(WarmScripts):
 
     def down(self) -> HubServer:
         """A Hub that has only errors to offer."""
-        return HubServer(self.repositories, self.port, is_down=True)
+        return HubServer(self.repositories, self.port, status=503)
+
+    def busy(self) -> HubServer:
+        """A Hub that is asked too often."""
+        return HubServer(self.repositories, self.port, status=429)
+
+    def sign_in(self) -> HubServer:
+        """A network that answers for everybody."""
+        return HubServer(self.repositories, self.port, status=200, page=b"<html>Welcome! Please sign in.</html>")
 
     def refusing(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -132,6 +141,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[
         (gpt2 / file.name).write_bytes(file.read_bytes())
         if "token" not in file.name:
             (bare / file.name).write_bytes(file.read_bytes())
+    (gpt2 / "pytorch_model.bin").write_bytes(b"the same, for older programs")
+    shutil.copytree(gpt2, bare.parent / "bin-only", ignore=shutil.ignore_patterns("*.safetensors"))
+    (bare.parent / "bin-only" / "pytorch_model.bin").write_bytes(b"weights")
     rows = Dataset.from_dict(
         {"text": [text for text, _ in SENTENCES], "label": [LABELS.index(label) for _, label in SENTENCES]},
         features=Features({"text": Value("string"), "label": ClassLabel(names=LABELS)}),
@@ -162,9 +174,9 @@ def test_downloads_what_it_needs_and_trains(first_run: tuple[Result, list[str], 
     result, requests, folder = first_run
     assert result.code == 0, result.err
     assert messages(result) == []
-    files = {re.sub(".*/resolve/[^/]+/", "", line) for line in requests if line.startswith("GET")}
+    files = {re.sub(".*/resolve/[^/]+/| bytes=.*", "", line) for line in requests if line.startswith("GET")}
     assert {"model.safetensors", "tokenizer.json", "split/train-00000-of-00001.parquet"} <= files
-    assert "unsplit/train-00000-of-00001.parquet" not in files
+    assert not {"unsplit/train-00000-of-00001.parquet", "pytorch_model.bin"} & files
     model = folder / "gpt2-emotion-finetuned"
     trained, given = (load_file(path / "model.safetensors") for path in (model, tiny_model))
     name = "transformer.wte.weight"
@@ -174,7 +186,7 @@ def test_downloads_what_it_needs_and_trains(first_run: tuple[Result, list[str], 
     assert "eval_loss" in json.loads((model / "all_results.json").read_text())
 
 
-@pytest.mark.parametrize("outage", ["refusing", "silent", "down"])
+@pytest.mark.parametrize("outage", ["refusing", "silent", "down", "busy", "sign_in"])
 def test_starts_from_the_cache(cached: Hub, tmp_path: Path, outage: str) -> None:
     with getattr(cached, outage)(), within(PROBE_SECONDS + START_SECONDS):
         result = cached("train.py", cwd=tmp_path)
@@ -220,7 +232,12 @@ def test_out_of_reach_and_nothing_in_the_cache(hub: Hub, tmp_path: Path, train_f
     ("flag", "value", "words"),
     [
         ("model_name_or_path", "someone/nothing", ["to be had from the Hub", "spelling"]),
+        ("model_name_or_path", "someone/nothing", ["HF_TOKEN"]),
+        ("dataset_name", "someone/nothing", ["HF_TOKEN"]),
         ("model_name_or_path", "someone/no-tokenizer", ["no vocab.json", "another"]),
+        ("model_name_or_path", "someone/bin-only", [".bin", "may run code"]),
+        ("model_revision", "v7", ["gpt2", "branch"]),
+        ("dataset_revision", "v7", ["dair-ai/emotion", "branch"]),
         ("dataset_name", "someone/nothing", ["no data set to be had from the Hub", "spelling"]),
         ("dataset_config_name", "spilt", ["dair-ai/emotion", "'split', 'unsplit'"]),
     ],
@@ -236,3 +253,75 @@ def test_folder_without_tokenizer(cached: Hub, tmp_path: Path) -> None:
     folder = cached.repositories / "models" / "someone" / "no-tokenizer"
     result = cached("train.py", "--model_name_or_path", folder, cwd=tmp_path)
     assert_error(result, f"--model_name_or_path {folder}", "no tokenizer")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_not_shown_to_everybody(cached: Hub, tmp_path: Path, status: int) -> None:
+    with HubServer(cached.repositories, cached.port, status=status), within(START_SECONDS):
+        result = cached("train.py", cwd=tmp_path)
+    assert_error(result, "--dataset_name dair-ai/emotion", "HF_TOKEN")
+
+
+def test_a_revision(cached: Hub, tmp_path: Path) -> None:
+    """Of a model, whose weights another one lack, and of data; both are kept with the run."""
+    models, data = (cached.repositories / kind for kind in ("models", "datasets"))
+    shutil.copytree(models / "openai-community" / "gpt2", models / "openai-community" / "gpt2@old")
+    shutil.copytree(data / "dair-ai" / "emotion", data / "dair-ai" / "emotion@old")
+    rows = Dataset.from_dict({"text": ["an old text"] * 2, "label": ["joy", "love"]})
+    rows.to_parquet(data / "dair-ai" / "emotion@old" / "split" / "train-00000-of-00001.parquet")
+    model = models / "openai-community" / "gpt2@old"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attn_pdrop": 0.25}))
+    words = ["--model_revision=old", "--dataset_revision=old", "--max_steps=1", "--template={label}: {text}"]
+    with cached.up():
+        result = cached("train.py", *words, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "2 examples" in result.out
+    run = tmp_path / "gpt2-emotion-finetuned"
+    assert json.loads((run / "config.json").read_text())["attn_pdrop"] == 0.25
+    settings = (run / "train_config.yaml").read_text()
+    assert "model_revision: old" in settings and "dataset_revision: old" in settings
+    # Without the Hub the model's cache tells revisions apart, that of the data does not, and says so.
+    offline = cached("train.py", *words, "--output_dir=again", cwd=tmp_path)
+    assert_error(offline, "--dataset_revision old", "out of reach")
+    data_file = tmp_path / "train.csv"
+    data_file.write_text("text,label\na text,joy\nanother,love\n")
+    offline = cached("train.py", *words[:1], f"--train_file={data_file}", "--output_dir=again", cwd=tmp_path)
+    assert_only_warning(offline, cached.url)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["attn_pdrop"] == 0.25
+
+
+def test_a_model_of_ours_is_used_as_a_folder_of_ours(cached: Hub, tmp_path: Path, train_file: Path) -> None:
+    """The text format is read from the Hub too: --emotion, the evaluation and a further training know it."""
+    words = ["--template={label}: {text}", f"--train_file={train_file}", "--delimiter=;", "--max_steps=1"]
+    assert cached("train.py", *words, cwd=tmp_path).code == 0
+    ours = cached.repositories / "models" / "someone" / "ours"
+    shutil.copytree(tmp_path / "gpt2-emotion-finetuned", ours, ignore=shutil.ignore_patterns("runs"))
+    with cached.up():
+        said = cached("generate.py", "--model_name_or_path=someone/ours", "--emotion=joy", cwd=tmp_path)
+        wrong = cached("generate.py", "--model_name_or_path=someone/ours", "--emotion=joi", cwd=tmp_path)
+        words = ["--model_name_or_path=someone/ours", f"--test_file={train_file}", "--delimiter=;"]
+        figures = cached("-m", "emoft.evaluate", *words, cwd=tmp_path)
+    assert said.code == 0 and said.out.startswith("joy:"), said.err
+    assert wrong.code == 2 and "did you mean joy?" in wrong.err
+    assert figures.code == 0 and "accuracy" in figures.out, figures.err
+    assert cached("generate.py", "--model_name_or_path=someone/ours", "--emotion=joy", cwd=tmp_path).out == said.out
+
+
+def test_a_download_that_cannot_be_finished(hub: Hub, tmp_path: Path, train_file: Path) -> None:
+    """There is no room for it, or the line breaks again and again: one line says so, and later it is whole."""
+    env = {**online(tmp_path, hub.url), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    words = ["--train_file", train_file, "--delimiter=;", "--max_steps=1"]
+    size = (hub.repositories / "models" / "openai-community" / "gpt2" / "model.safetensors").stat().st_size
+    limited = ["bash", "-c", 'ulimit -f $0; exec "$@"', str(size // 1024 // 2), sys.executable, ROOT / "train.py"]
+    with hub.up():
+        command = list(map(str, [*limited, *words]))
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True)
+    full = Result(done.returncode, done.stdout, done.stderr)
+    assert_error(full, "--model_name_or_path gpt2", "cannot be kept in the cache", "File too large", "HF_HOME")
+    with HubServer(hub.repositories, hub.port, cuts=size // 3):
+        broken = run_fresh("train.py", *words, cwd=tmp_path, timeout=100, **env)
+    assert_error(broken, "--model_name_or_path gpt2", "broke off", "again")
+    with hub.up():
+        done = run_fresh("train.py", *words, cwd=tmp_path, timeout=100, **env)
+    assert done.code == 0, done.err

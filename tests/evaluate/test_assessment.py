@@ -139,7 +139,7 @@ def test_a_data_set_in_a_folder(evaluate, tmp_path) -> None:
         (["--test_file=test.txt", "--output_dir=test.txt"], ["--output_dir test.txt"]),
         (["--test_file=test.txt", "--generate=-1"], ["--generate -1"]),
         (["--model_name_or_path=bare", "--test_file=test.txt"], ["emoft.json", "--template"]),
-        (["--model_name_or_path=nowhere", "--test_file=test.txt"], ["nowhere is no folder", "train first"]),
+        (["--model_name_or_path=nowhere", "--test_file=test.txt"], ["nowhere: no such folder", "name a local folder"]),
         (["--test_file=test.txt", "--template={text} ({label})", "--generate=2"], ["--generate 2", "before {text}"]),
         (["--test_file=plain.csv", "--delimiter=,"], ["no column 'label'", "--template without {label}"]),
     ],
