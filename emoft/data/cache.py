@@ -1,12 +1,14 @@
 """Where what was read and tokenized is kept for the next run: the cache of `datasets`, if it can be written."""
 
 import atexit
+import contextlib
 import errno
 import functools
 import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -48,6 +50,19 @@ def content_hash(path: Path) -> str:
         while part := file.read(PART):
             digest.update(part)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def cache_in_use() -> Iterator[None]:
+    """Tell in a line that the cache could not be written, if that happens while this context is open.
+
+    Raises:
+        UserError: it did.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cache_fault(error) from None
 
 
 def cache_fault(error: OSError) -> UserError:

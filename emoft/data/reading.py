@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from emoft.config import INPUT_FILES, EvaluateConfig, TrainConfig
 from emoft.data import hub
-from emoft.data.cache import cache_dir, cache_fault, content_hash
+from emoft.data.cache import cache_dir, cache_fault, cache_in_use, content_hash
 from emoft.data.folders import files_of_splits
 from emoft.data.formats import Columns, class_names, guess_delimiter, read_rows
 from emoft.data.labels import clean_label, differ_in_case_only, label_name
@@ -250,7 +250,7 @@ def _as_strings(rows: Dataset, where: str, config: DataConfig, with_label: bool)
                 raise UserError(f"{where} row {place + 1}: {error}; name another column by --label_column") from None
         return {"label": named}
 
-    with Bar("Naming labels", "examples", len(rows)) as bar:
+    with cache_in_use(), Bar("Naming labels", "examples", len(rows)) as bar:
         rows = rows.map(
             name_labels,
             batched=True,

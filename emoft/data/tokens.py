@@ -15,6 +15,7 @@ from datasets import Dataset, Features, Value
 from torch import Tensor
 from transformers import GPT2Tokenizer
 
+from emoft.data.cache import cache_in_use
 from emoft.data.template import TextFormat
 from emoft.errors import UserError
 from emoft.private import fingerprint_of
@@ -130,7 +131,7 @@ def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, s
         return {"input_ids": ids, "whole_tokens": [len(row) for row in whole]}
 
     columns_added = {"input_ids": datasets.List(Value("int32")), "whole_tokens": Value("int32")}
-    with Bar(f"Tokenizing {split}", "examples", len(rows)) as bar:
+    with cache_in_use(), Bar(f"Tokenizing {split}", "examples", len(rows)) as bar:
         tokenized = rows.map(
             encode_batch,
             batched=True,

@@ -141,7 +141,9 @@ def write_and_assess(
     else:
         training = TrainingTexts(train["text"])
         independent = fit_independent(train, text_format)
-        test = splits["test"].filter(lambda label: label in text_format.labels, input_columns="label")
+        test = splits["test"].filter(
+            lambda label: label in text_format.labels, input_columns="label", keep_in_memory=True
+        )
         if independent and len(test):
             found = independent.classify(test["text"], test["label"], text_format.labels).figures()
             results = {f"tfidf_{name}": value for name, value in found.items() if name != "classified"}
@@ -169,7 +171,7 @@ def fit_independent(train: Dataset, text_format: TextFormat) -> IndependentClass
     if not IndependentClassifier.is_available():
         warn("no independent classifier without the package scikit-learn: run pip install scikit-learn")
         return None
-    known = train.filter(lambda label: label in text_format.labels, input_columns="label")
+    known = train.filter(lambda label: label in text_format.labels, input_columns="label", keep_in_memory=True)
     try:
         return IndependentClassifier(known["text"], known["label"])
     except ValueError as error:
