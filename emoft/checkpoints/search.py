@@ -106,7 +106,7 @@ def _refuse_to_delete_inputs(config: TrainConfig, output_dir: Path) -> None:
     }
     for name in ("model_name_or_path", "tokenizer_name", "dataset_name", *INPUT_FILES):
         value = getattr(config, name)
-        if not value or not (path := Path(value).expanduser()).exists():
+        if not value or not (path := Path(value)).exists():
             continue
         path = path.resolve()
         if path == root or any(path == each or each in path.parents for each in deleted):

@@ -18,7 +18,7 @@ def check_file(flag: str, name: str) -> Path:
     Raises:
         UserError: it is no file that could be read.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         raise UserError(f"{flag} {name} is a folder: name a file in it, or give the folder as --dataset_name")
     if not path.exists():

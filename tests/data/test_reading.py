@@ -102,11 +102,11 @@ def test_the_first_so_many_samples(tmp_path: Path) -> None:
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [len(ROWS), 1, 1]
 
 
-def test_hostile_files_are_trained_on_or_refused_in_a_line_that_names_them(scripts, tiny_model, tmp_path) -> None:
-    """The short form of fuzz.py, which does five hundred."""
-    outcomes = fuzz.main(25, scripts, tiny_model, tmp_path)
-    assert sum(outcomes.values()) >= 20
-    assert outcomes["refused"] > 5
+def test_hostile_files_are_trained_on_or_refused_in_a_line(scripts, tmp_path) -> None:
+    """The short form of fuzz.py, which does a thousand."""
+    outcomes = fuzz.main(24, scripts, tmp_path)
+    assert sum(outcomes.values()) == 24
+    assert sum(count for name, count in outcomes.items() if "the right texts" in name) > 5
 
 
 @pytest.mark.parametrize(
