@@ -324,7 +324,10 @@ def pickled(folder: Path) -> bytes:
 
 def change_json(chance: Chance, path: Path) -> str:
     """Change a value, drop one, or add one that libraries would act upon; returns what was done."""
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:  # it was cut before
+        return "again"
     key = chance.choice(sorted(content)) if content else "x"
     code = "custom.Thing"
     added = {
