@@ -141,8 +141,8 @@ def train(
             scaler.unscale_(optimizer)  # once, now that the gradients are complete, and before they are measured
             grad_norm = clip_in_next_step(optimizer, config.max_grad_norm)  # AdamW clips as it reads the gradients
             monitor.measure_gradients()  # at the steps that --log_gradients_every names
-            if run.refuse_nonfinite(step, step_loss, grad_norm):
-                continue  # nothing was updated; the step comes once more, to find where it stopped being finite
+            if run.refuse_step(step, step_loss, grad_norm):
+                continue  # nothing is updated; one that was not finite comes again, to find where it stopped being so
             scaler.step(optimizer)
             scaler.update()
             if scaler.get_scale() >= step.loss_scale:  # it falls if fp16 overflowed, and then no weight has changed

@@ -191,6 +191,12 @@ class TrainConfig:
         "when a loss or gradient is infinite or NaN: stop, or skip that step (ten in a row stop)",
         on_resume="free",
     )
+    on_spike: Literal["warn", "skip"] = option(
+        "warn",
+        "when a loss stands far above those before: tell its texts, or leave that step out too (a GPU then waits for"
+        " each step)",
+        on_resume="free",
+    )
 
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU", begins_group="Devices", on_resume="free")
     parallel: Literal["ddp", "fsdp"] = option(

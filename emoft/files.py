@@ -29,6 +29,11 @@ def fault_file(step: int) -> str:
     return f"nonfinite-{step}.json"
 
 
+def spike_file(step: int) -> str:
+    """Return the name of the file that tells of a step whose loss stood out."""
+    return f"spike-{step}.json"
+
+
 def make_folder(path: Path) -> Path:
     """Return an output folder, made if it is not there.
 

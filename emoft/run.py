@@ -4,6 +4,7 @@ It touches neither a loss nor a gradient: those are computed and applied in trai
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,8 +25,9 @@ from emoft.distributed.parallel import load_weights
 from emoft.errors import UserError
 from emoft.evaluate.classification import Classification, classify
 from emoft.evaluate.scoring import Evaluation, evaluate, format_figures
-from emoft.files import fault_file
+from emoft.files import fault_file, spike_file
 from emoft.gradients.monitor import GradientMonitor
+from emoft.gradients.texts import losses_of_texts
 from emoft.hints import generate_command, resume_command
 from emoft.model.generation import sample_texts
 from emoft.model.loading import TextModel, load_model
@@ -37,6 +39,8 @@ from emoft.training.loss import given_targets
 from emoft.training.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, describe, refusal
 from emoft.training.randomness import set_random_state
 from emoft.training.runtime import Runtime
+from emoft.training.spikes import MOST_FILES, Spike, SpikeWatch
+from emoft.training.spikes import describe as describe_spike
 
 
 class Run:
@@ -91,6 +95,10 @@ class Run:
         self.save_failed = False
         self.saved = training_state.restored_from  # the latest checkpoint
         self._refused: tuple[Tensor, Tensor] | None = None  # loss and gradient norm of a step that was not applied
+        self._leaves_out = False  # the step, since its loss stands out
+        self.spike_watch = SpikeWatch(run_state.recent_losses)
+        self._spikes: list[tuple[Step, Spike]] = []  # that nobody has been told of
+        self._can_measure = config.parallel != "fsdp" or not runtime.world.launched  # a text by itself
         # Counts and schedule before each step since somebody last looked whether all were sound; see `NonFiniteGuard`.
         self._moments: dict[int, tuple[Moment, dict[str, Any]]] = {}
 
@@ -125,6 +133,9 @@ class Run:
                     self._moments[step.number] = self.tracker.remember(), self.training_state.schedule.state_dict()
                 with self.monitor.watching(step), given_targets() as step.targets:
                     yield step
+                if self._leaves_out:
+                    assert self._refused is not None
+                    self.finish_step(step, *self._refused)
                 if self.guard.bad_step:
                     with self.guard.repeating() as bad_step:
                         yield bad_step
@@ -156,20 +167,31 @@ class Run:
     def _out_of_patience(self) -> bool:
         return 0 < self.config.early_stopping_patience <= self.state.evaluations_since_best
 
-    def refuse_nonfinite(self, step: Step, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Say whether a step must not be applied, since its loss or gradient is infinite or NaN; see `NonFiniteGuard`.
+    def refuse_step(self, step: Step, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Say whether a step must not be applied; its gradients are dropped then.
 
-        Its gradients are dropped then, and it comes again as the next step.
+        One whose loss or gradient is infinite or NaN comes again as the next step; see `NonFiniteGuard`. One whose loss
+        stands out is left out by --on_spike skip; see `SpikeWatch`.
         """
         self.signals.poll()
+        skips = self.config.on_spike == "skip"
         # Whatever is told or kept of a step must be known to be sound: then the device is waited for.
         looks = self._logs(step) or self._evaluates(step) or self._saves(step) or self.signals.received is not None
+        looks |= skips
         is_refused = self.guard.refuses(step, loss, grad_norm, looks)
         if is_refused:
             self._refused = loss, grad_norm
-        elif looks:
+            return True
+        if looks:
             self._moments.clear()  # all steps until here were sound
-        return is_refused
+        self.spike_watch.note(step, loss)
+        if looks or self.guard.looks_always:
+            self._spikes += self.spike_watch.look()
+        self._leaves_out = skips and any(each is step for each, _ in self._spikes)
+        if self._leaves_out:
+            self._refused = loss, grad_norm
+            self.guard.drop_gradients()
+        return self._leaves_out
 
     def finish_step(self, step: Step, loss: Tensor, grad_norm: Tensor) -> bool:
         """Count a step, and log, sample, evaluate and save, if it is time to.
@@ -187,6 +209,7 @@ class Run:
         config, state, tracker = self.config, self.state, self.tracker
         scaler = self.runtime.precision.scaler
         tracker.count_step(step, loss, grad_norm, skipped=scaler.get_scale() < step.loss_scale)
+        self._tell_spikes()
         if self._logs(step):
             if not state.logged:  # the first time: not before the first step, since it may take half a second
                 with tracker.clock_stopped():
@@ -230,6 +253,7 @@ class Run:
             # No weight has changed since then: what was counted of the steps after it comes from steps not applied.
             moment, schedule = self._moments[bad_step.number]
             self.tracker.return_to(moment)
+            self.spike_watch = SpikeWatch(self.state.recent_losses)
             self.training_state.return_to(schedule)
             self._moments.clear()
         self._tell(fault, bad_step)
@@ -262,6 +286,42 @@ class Run:
                     "precision": self.runtime.precision.name,
                 },
             )
+
+    def _tell_spikes(self) -> None:
+        """Tell of the steps that stood out since the last look, each with its hardest text."""
+        spikes, self._spikes = self._spikes, []
+        for step, spike in spikes:
+            self.state.spikes += 1
+            if self.state.spikes > MOST_FILES:
+                continue
+            with self.tracker.clock_stopped():
+                rows = self.splits["train"].select(step.examples)
+                texts = [decode(self.text_model.tokenizer, ids) for ids in rows["input_ids"]]
+                losses = losses_of_texts(self.text_model.model, rows["input_ids"]) if self._can_measure else []
+                worst = max(range(len(losses)), key=lambda number: losses[number]) if losses else 0
+                line = describe_spike(
+                    spike,
+                    step.examples[worst],
+                    texts[worst],
+                    losses[worst] if losses else math.nan,
+                    self._leaves_out,
+                    str(self.output_dir / spike_file(spike.step)),
+                )
+                self.tracker.log_spike(
+                    spike,
+                    line,
+                    {
+                        "applied": not self._leaves_out,
+                        "examples": step.examples,
+                        "texts": texts,
+                        "losses": losses,
+                        "hardest": worst,
+                        "epoch": (spike.step - 1) // self.loader.steps_per_epoch,
+                        "seed": self.config.seed,
+                        "learning_rate": step.learning_rate,
+                        "precision": self.runtime.precision.name,
+                    },
+                )
 
     # ---- Evaluation and checkpoints ---------------------------------------------------------------------------------
 

@@ -164,7 +164,7 @@ class TestTheLoop:
         order = [name for _, _, name in by_line]
         step = [
             "batch.to", "precision.autocast", "transformer", "shift_labels", "cross_entropy", "losses.sum",
-            "scaler.unscale_", "clip_in_next_step", "run.refuse_nonfinite", "scaler.step", "scaler.update",
+            "scaler.unscale_", "clip_in_next_step", "run.refuse_step", "scaler.step", "scaler.update",
             "schedule.step", "optimizer.zero_grad", "run.finish_step",
         ]  # fmt: skip
         assert [name for name in order if name in step] == step

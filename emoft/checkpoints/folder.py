@@ -110,7 +110,7 @@ def prepare_output_dir(config: TrainConfig, resumes: bool = False) -> Path:
         if config.overwrite_output_dir and not resumes:
             for path in [output_dir / name for name in RUN_FILES] + checkpoints(output_dir):
                 _remove(path)
-            for path in output_dir.glob("nonfinite-*.json"):
+            for path in [*output_dir.glob("nonfinite-*.json"), *output_dir.glob("spike-*.json")]:
                 path.unlink()
         sweep(output_dir)
         probe = output_dir / ".writable"

@@ -78,10 +78,24 @@ def check_spikes(record: Record) -> list[Finding]:
         return []
     steps, (_, loss, limit) = [step for step, _, _ in spikes], spikes[0]
     text = (
-        f"the loss jumps at {list_steps(steps)}: {loss:.2f} nats, where up to {limit:.2f} is usual. Look for a text"
-        " among those of these steps that is unlike the others, and lower --learning_rate"
+        f"the loss jumps at {list_steps(steps)}: {loss:.2f} nats, where up to {limit:.2f} is usual."
+        f" {_hardest_text(record) or 'Look for a text among those of these steps that is unlike the others (--step)'},"
+        " and lower --learning_rate"
     )
     return [Finding("loss_spikes", text, "train/loss", steps, loss, limit)]
+
+
+def _hardest_text(record: Record) -> str:
+    """Name the text that the model predicts worst in the highest spike that the run has kept; "" if it kept none."""
+    kept = [each for each in record.spikes if isinstance(each.get("losses"), list) and each["losses"]]
+    if not kept:
+        return ""
+    spike = max(kept, key=lambda each: each["loss"])
+    worst = spike["hardest"]
+    return (
+        f"Look at row {spike['examples'][worst]} of train, {str(spike['texts'][worst])[:60]!r}, which takes"
+        f" {spike['losses'][worst]:.2f} nats at step {spike['step']} (spike-{spike['step']}.json)"
+    )
 
 
 def _nearest(curve: dict[int, float], step: int) -> float:

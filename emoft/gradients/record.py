@@ -27,6 +27,8 @@ class Record:
     flags: dict[str, Any] = field(default_factory=dict)  # of train.py; none if the run's folder does not tell them
     faults: list[dict[str, Any]] = field(default_factory=list)  # nonfinite-STEP.json, in the order of the steps
 
+    spikes: list[dict[str, Any]] = field(default_factory=list)  # spike-STEP.json, likewise
+
     @property
     def blocks(self) -> list[str]:
         """The blocks whose gradients were measured: "h00" and so on."""
@@ -74,9 +76,12 @@ def read_record(run_dir: Path) -> Record:
     """
     curves = read_curves(run_dir)
     flags = _read(run_dir / CONFIG_FILE, yaml.safe_load)
-    found = [_read(path, json.loads) for path in run_dir.glob("nonfinite-*.json")]
-    faults = [each for each in found if isinstance(each.get("step"), int)]
-    return Record(curves, flags, sorted(faults, key=lambda each: each["step"]))
+    return Record(curves, flags, _reports(run_dir, "nonfinite-*.json"), _reports(run_dir, "spike-*.json"))
+
+
+def _reports(run_dir: Path, pattern: str) -> list[dict[str, Any]]:
+    found = [_read(path, json.loads) for path in run_dir.glob(pattern)]
+    return sorted((each for each in found if isinstance(each.get("step"), int)), key=lambda each: each["step"])
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

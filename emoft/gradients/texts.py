@@ -114,6 +114,24 @@ def nearest_model(run_dir: Path, step: int) -> Path:
     return run_dir
 
 
+@torch.no_grad()
+def losses_of_texts(model: GPT2LMHeadModel, ids: list[list[int]]) -> list[float]:
+    """Return the mean loss of each text by itself, in nats, without dropout; leaves the model as it was."""
+    is_training = model.training
+    model.eval()
+    try:
+        return [float(_loss(model, tokens)) for tokens in ids]
+    finally:
+        model.train(is_training)
+
+
+def _loss(model: GPT2LMHeadModel, tokens: list[int]) -> Tensor:
+    batch = pad([{"input_ids": tokens}], pad_id=0).to(model.device)
+    hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (1, T, C)
+    losses: Tensor = cross_entropy(hidden, model.lm_head.weight, shift_labels(batch.labels), batch.predicting)
+    return losses.sum() / max(1, batch.target_tokens)
+
+
 def measure(model: GPT2LMHeadModel, ids: list[list[int]], gradient_norms: bool) -> Iterator[tuple[float, float | None]]:
     """Yield the mean loss of each text, and, if asked, the norm of its gradient.
 
@@ -123,12 +141,9 @@ def measure(model: GPT2LMHeadModel, ids: list[list[int]], gradient_norms: bool) 
         gradient_norms: takes a backward pass for each text.
     """
     for tokens in progress(ids, "Measuring", "texts"):
-        batch = pad([{"input_ids": tokens}], pad_id=0)
         model.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(gradient_norms):
-            hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (1, T, C)
-            losses: Tensor = cross_entropy(hidden, model.lm_head.weight, shift_labels(batch.labels), batch.predicting)
-            loss = losses.sum() / max(1, batch.target_tokens)
+            loss = _loss(model, tokens)
         norm = None
         if gradient_norms:
             loss.backward()

@@ -56,6 +56,7 @@ TAGS = {
     "width": ("model/width", "Numbers in a token's vector (n_embd)."),
     "positions": ("model/positions", "Positions that the model knows (n_positions)."),
     "nonfinite_steps": ("train/nonfinite_steps", "Steps so far whose loss or gradient was infinite or NaN."),
+    "spikes": ("train/spikes", "Steps so far whose loss stood far above those before: see spike-STEP.json."),
     "epoch": ("train/epoch", "Passes over the train split."),
     "samples_per_second": ("speed/samples_per_second", "Examples a second, without evaluation, saving and sampling."),
     "tokens_per_second": ("speed/tokens_per_second", "Target tokens a second, likewise."),
@@ -114,7 +115,7 @@ LAYOUT = {
         "gradient norm before clipping": ["Multiline", ["^train/grad_norm$", "^train/max_grad_norm$"]],
         "share of steps clipped": ["Multiline", ["^train/clipped_share$"]],
         "targets that are the next token (must be 1)": ["Multiline", ["^train/label_alignment$"]],
-        "steps that were not finite or skipped": ["Multiline", ["^train/nonfinite_steps$", "^train/skipped_steps$"]],
+        "steps that were not finite or skipped": ["Multiline", ["^train/(nonfinite_steps|skipped_steps|spikes)$"]],
     },
     "4. How fast is it?": {
         "tokens per second": ["Multiline", ["^speed/tokens_per_second$"]],

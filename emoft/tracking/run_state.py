@@ -17,6 +17,8 @@ class RunState:
     nonfinite_steps: int = 0  # of them, those whose loss or gradient was infinite or NaN
     nonfinite_in_row: int = 0  # of these, the latest ones without another step between
     last_nonfinite_step: int = 0
+    spikes: int = 0  # steps whose loss stood out
+    recent_losses: list[float] = field(default_factory=list)  # that did not: see `training.spikes`
     clipped_steps: int = 0
     train_seconds: float = 0.0  # without evaluating, saving and sampling
     samples: int = 0

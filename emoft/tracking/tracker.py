@@ -24,7 +24,7 @@ from emoft.errors import warn
 from emoft.evaluate.classification import Classification
 from emoft.evaluate.confusion import confusion_map
 from emoft.evaluate.scoring import Evaluation, perplexity
-from emoft.files import EVENTS_FOLDER, TRAINER_STATE_FILE, fault_file, write_json
+from emoft.files import EVENTS_FOLDER, TRAINER_STATE_FILE, fault_file, spike_file, write_json
 from emoft.gradients.heat_map import heat_map
 from emoft.gradients.monitor import Figures
 from emoft.terminal import TrainingBar, say
@@ -33,6 +33,7 @@ from emoft.tracking.events import EventFile
 from emoft.tracking.run_state import SUMS, RunState
 from emoft.tracking.throughput import memory_in_use, training_operations
 from emoft.training.nonfinite import Fault
+from emoft.training.spikes import Spike
 
 # Figures that differ from run to run of the same computation stay out of the history, which a resumed run continues.
 SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak", "memory_gib")
@@ -138,8 +139,9 @@ class Tracker:
     def remember(self) -> "Moment":
         """Return what brings the counts back to where they stand now, by `return_to`. Reads nothing from the device."""
         run = self.run
-        # These two grow in place.
-        now = replace(run, depth_steps=list(run.depth_steps), depth_norms=list(run.depth_norms))
+        # These grow in place.
+        depth = {"depth_steps": list(run.depth_steps), "depth_norms": list(run.depth_norms)}
+        now = replace(run, recent_losses=list(run.recent_losses), **depth)  # type: ignore[arg-type]  # of two kinds
         return Moment(now, self._sums.clone())
 
     def return_to(self, moment: "Moment") -> None:
@@ -185,6 +187,7 @@ class Tracker:
                 "train/unigram_entropy": self.unigram_entropy,
                 "train/uniform_loss": math.log(self.shape.vocab_size),
                 "train/nonfinite_steps": run.nonfinite_steps,
+                "train/spikes": run.spikes,
                 "train/max_grad_norm": self.config.max_grad_norm or math.nan,
                 "train/label_alignment": self._step.aligned_share() if self._step else math.nan,
             }
@@ -284,6 +287,16 @@ class Tracker:
         say("\n".join(lines))
         self.events.add_text("nonfinite", "\n".join(lines), fault.step)
         self.events.add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)
+
+    def log_spike(self, spike: Spike, line: str, details: dict[str, Any]) -> None:
+        """Tell of a step whose loss stood out: above the bar, in the Text tab, and in spike-STEP.json."""
+        if self.world.is_main:
+            try:
+                write_json(self.output_dir / spike_file(spike.step), {**asdict(spike), **details})
+            except OSError as error:
+                self.warn(f"{spike_file(spike.step)} cannot be written ({error.strerror})")
+        self.warn(line)
+        self.events.add_text("spikes", line, spike.step)
 
     def log_results(self, results: dict[str, Any]) -> None:
         """Show the final figures: in the HParams table beside the run's configuration."""

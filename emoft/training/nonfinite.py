@@ -85,7 +85,7 @@ class NonFiniteGuard:
         """
         if self._listener is not None:  # this was the repetition
             self.fault = self._find_fault(step, float(loss), float(grad_norm))
-            self._drop_gradients()
+            self.drop_gradients()
             return True
         is_fault = ~(loss.isfinite() & grad_norm.isfinite())
         scaler = self.runtime.precision.scaler
@@ -100,10 +100,11 @@ class NonFiniteGuard:
         else:
             skip_next_step_if(self.optimizer, self._first > 0)
         if self.bad_step is not None:
-            self._drop_gradients()
+            self.drop_gradients()
         return self.bad_step is not None
 
-    def _drop_gradients(self) -> None:
+    def drop_gradients(self) -> None:
+        """Leave out a step whose gradients are complete."""
         self.optimizer.zero_grad(set_to_none=True)
         scaler = self.runtime.precision.scaler
         if scaler.is_enabled():

@@ -1,0 +1,87 @@
+"""Finite steps whose loss stands far above those before: told with their texts, and left out if the flags say so."""
+
+import statistics
+from dataclasses import dataclass
+
+from torch import Tensor, stack
+
+from emoft.data.steps import Step
+
+WINDOW = 100  # losses of steps before one that tell whether it stands out
+LEAST = 30  # of them, below which nothing is said
+DEVIATIONS = 6.0  # standard deviations above the median, estimated from the median absolute deviation
+RISE = 0.12  # and at least so much above it, as a share of it
+MOST_IN_A_ROW = 10  # after which they are no spikes but how the loss is now
+MOST_FILES = 20  # of a run
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss that stands out."""
+
+    step: int
+    loss: float  # in nats
+    median: float  # of the steps before
+    deviation: float  # likewise
+    threshold: float  # above which a loss stands out
+
+
+class SpikeWatch:
+    """Compares each step's loss with those before. On a GPU nobody waits for a loss: it is looked at with others."""
+
+    def __init__(self, recent: list[float]) -> None:
+        """Go on from the losses before.
+
+        Args:
+            recent: losses of applied steps that did not stand out, the latest last; grows in place, up to WINDOW.
+        """
+        self.recent, self.in_a_row = recent, 0
+        self._waiting: list[tuple[Step, Tensor]] = []
+
+    def note(self, step: Step, loss: Tensor) -> None:
+        """Remember the loss of a step, on its device."""
+        self._waiting.append((step, loss))
+
+    def look(self) -> list[tuple[Step, Spike]]:
+        """Return the steps since the last look that stand out; reads from the device: a CPU-GPU sync point."""
+        if not self._waiting:
+            return []
+        steps, losses = zip(*self._waiting, strict=True)
+        self._waiting.clear()
+        judged = [(step, self._judge(step, loss)) for step, loss in zip(steps, stack(losses).tolist(), strict=True)]
+        return [(step, spike) for step, spike in judged if spike]
+
+    def _judge(self, step: Step, loss: float) -> Spike | None:
+        if len(self.recent) >= LEAST:
+            median = statistics.median(self.recent)
+            # 1.4826 makes it the standard deviation where values are distributed normally.
+            deviation = 1.4826 * statistics.median(abs(value - median) for value in self.recent)
+            threshold = median + max(DEVIATIONS * deviation, RISE * median)
+            self.in_a_row = self.in_a_row + 1 if loss > threshold else 0
+            if 0 < self.in_a_row <= MOST_IN_A_ROW:
+                return Spike(step.number, loss, median, deviation, threshold)
+            if self.in_a_row:
+                self.recent.clear()
+                self.in_a_row = 0
+        self.recent.append(loss)
+        del self.recent[:-WINDOW]
+        return None
+
+
+def describe(spike: Spike, row: int, text: str, text_loss: float, is_left_out: bool, details: str) -> str:
+    """Return a spike in a line.
+
+    Args:
+        spike: what stands out.
+        row: of the train split, of the text that the model predicts worst.
+        text: of that row.
+        text_loss: of it, in nats.
+        is_left_out: nothing of the step was applied.
+        details: the file that holds all of it.
+    """
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    left_out = "; nothing of it was applied" if is_left_out else ""
+    return (
+        f"step {spike.step}: the loss is {spike.loss:.2f} nats, where up to {spike.threshold:.2f} is usual{left_out};"
+        f" the hardest text is row {row} of train, {shown!r}, {text_loss:.2f} nats; all in {details}"
+    )
