@@ -126,11 +126,9 @@ def _read_words(command: Command, flags: Sequence[Flag], words: Sequence[str]) -
     values, unread = parser.parse_known_args(words)
     given, rest = vars(values), [word for word in unread if word != "--"]
     for flag in positional:
-        strays = [word for word in rest if not _is_flag(word)]
-        if not strays:
-            raise UserError(f"name a {flag.name.upper()}: {flag.help}, as in {next(iter(command.examples))}")
-        given[flag.name] = _read_word(flag, strays[0])
-        rest.remove(strays[0])
+        if strays := [word for word in rest if not _is_flag(word)]:
+            given[flag.name] = _read_word(flag, strays[0])
+            rest.remove(strays[0])
     if rest:
         unknown = _is_flag(rest[0])
         raise UserError(_unknown(rest[0], command, flags) if unknown else _stray(rest, command, flags, words))
@@ -159,7 +157,7 @@ def _unknown(word: str, command: Command, flags: Sequence[Flag]) -> str:
     names = [flag.name for flag in flags if not flag.positional]
     booleans = [flag.name for flag in flags if flag.kind is bool]
     preferred = [name for name in (command.file_flag, command.text_flag) if name]
-    unnamed = ", ".join(flag.name.upper() for flag in flags if flag.positional)
+    unnamed = next((flag.name.upper() for flag in flags if flag.positional), "")
     otherwise = f"{unnamed} stands without one, see --help" if unnamed else "see --help"
     return unknown_flag(word.partition("=")[0], command.name, names, booleans, preferred, otherwise)
 
@@ -185,8 +183,8 @@ def _stray(rest: Sequence[str], command: Command, flags: Sequence[Flag], words: 
         meant = f"--model_name_or_path {quoted}"
     elif command.text_flag:
         meant = f"--{command.text_flag} {shlex.quote(together)}"
-    taken = ", ".join(flag.name.upper() for flag in flags if flag.positional)
-    taken = f"one {taken} only" if taken else "flags only"
+    taken = " and ".join(flag.name.upper() for flag in flags if flag.positional)
+    taken = f"{taken} only" if taken else "flags only"
     return f"{command.name} takes {taken}, not {quoted}: " + (f"did you mean {meant}?" if meant else "see --help")
 
 

@@ -336,12 +336,16 @@ class GradientsConfig:
         {
             "python -m emoft.gradients emoft-demo": "the run of python train.py --config demo",
             "python -m emoft.gradients emoft-demo --step 60": "the texts of its step 60, the hardest one first",
+            "python -m emoft.gradients emoft-demo again": "where two runs part, and whether by rounding",
+            "python -m emoft.gradients --leak emoft-demo": "whether a token sees a later one, or a text its neighbour",
         },
     )
 
     run_dir: Folder = option("", "an output folder of train.py, of a finished or a running run", positional=True)
+    other_run: Folder = option("", "another one, to tell where the two part", positional=True)
     step: CountOrOff = option(0, "show the texts of this step instead, with each one's loss (0: none)")
     gradient_norms: bool = option(False, "with --step, show the norm of each text's gradient too")
+    leak: NameOrFolder = option("", "check a model instead: may a token see what it must not?")
     json: bool = option(False, "print one object of JSON")
 
 

@@ -15,7 +15,7 @@ NO_BREAK = "\xa0"  # a blank at which textwrap begins no new line
 def help_text(command: Command, flags: Sequence[Flag]) -> str:
     """Return the help of a command for a terminal as wide as this one, or as the environment's COLUMNS says."""
     width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
-    positional = [flag.name.upper() for flag in flags if flag.positional]
+    positional = [f"[{flag.name.upper()}]" for flag in flags if flag.positional]
     lines = [
         *_wrapped(f"usage: {' '.join([command.launch, *positional])} [--FLAG VALUE ...]", width, 0),
         "",

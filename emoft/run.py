@@ -89,6 +89,7 @@ class Run:
             runtime.device,
             runtime.world,
         )
+        self.state.data = training_state.checksums
         self.saver = Saver(config, runtime.world, self.output_dir, text_model, self.tracker, training_state)
         self.is_done = run_state.step >= loader.total_steps  # a resumed run may have only its end to write
         self.has_stopped_early = False
@@ -118,7 +119,7 @@ class Run:
     def steps(self) -> Iterator[Step]:
         """Yield the steps of the run, from where a resumed one goes on, until it is to stop.
 
-        A step that was not finite comes a second time, to be traced; then the run ends, or goes on without it.
+        A step that was not finite comes again, twice, to be traced; then the run ends, or goes on without it.
 
         Raises:
             UserError: a step was not finite, and the flags do not allow to go on.
@@ -136,9 +137,8 @@ class Run:
                 if self._leaves_out:
                     assert self._refused is not None
                     self.finish_step(step, *self._refused)
-                if self.guard.bad_step:
-                    with self.guard.repeating() as bad_step:
-                        yield bad_step
+                if bad_step := self.guard.bad_step:
+                    yield from self.guard.repetitions()
                     self._after_fault(bad_step)
                 if self.is_done:
                     return
@@ -247,7 +247,6 @@ class Run:
     def _after_fault(self, bad_step: Step) -> None:
         """Tell of a step that was not finite, and end the run, or count it and go on."""
         fault, state = self.guard.fault, self.state
-        assert fault is not None
         assert self._refused is not None
         if bad_step.number in self._moments:
             # No weight has changed since then: what was counted of the steps after it comes from steps not applied.

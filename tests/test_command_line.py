@@ -58,8 +58,8 @@ def test_bytes_that_the_locale_hides_are_read_as_utf_8() -> None:
 def test_a_run_folder_is_given_by_itself() -> None:
     for words in (["run"], ["--json", "run"], ["run", "--json"], ["--", "run"]):
         assert parse_config(GradientsConfig, words) == GradientsConfig("run", json="--json" in words)
-    assert said(GradientsConfig, "--json").startswith("name a RUN_DIR: an output folder of train.py")
-    assert said(GradientsConfig, "a", "b") == "emoft.gradients takes one RUN_DIR only, not b: see --help"
+    assert parse_config(GradientsConfig, ["a", "--json", "b"]) == GradientsConfig("a", "b", json=True)
+    assert said(GradientsConfig, "a", "b", "c") == "emoft.gradients takes RUN_DIR and OTHER_RUN only, not c: see --help"
     assert "RUN_DIR stands without one" in said(GradientsConfig, "--logdir", "run")
     assert "--json" in said(GradientsConfig, "run", "--json=yes")
 

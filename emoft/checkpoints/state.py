@@ -56,8 +56,9 @@ class TrainingState:
             examples_per_step: of all ranks and micro-batches.
             splits: tokenized; what a figure was measured on must be known to compare with it.
         """
-        self.data_checksum = checksum(splits["train"])
-        self.validation_checksum = checksum(splits["validation"]) if "validation" in splits else ""
+        self.checksums = {name: checksum(rows) for name, rows in splits.items()}
+        self.data_checksum = self.checksums["train"]
+        self.validation_checksum = self.checksums.get("validation", "")
         self.config, self.runtime, self.optimizer, self.schedule = config, runtime, optimizer, schedule
         self.examples_per_step = examples_per_step
         self.restored_from: Path | None = None

@@ -49,7 +49,7 @@ def _where_it_began(fault: dict[str, object]) -> str:
     if found == "loop":
         return "it began in train.py itself, behind the model, whose logits are finite. Look at the loop's own lines"
     if found == "nowhere":
-        return "it did not come again when the step was repeated: the device may be faulty"
+        return "it did not come again when the step was repeated twice: the device may be faulty"
     texts, at_fault = fault.get("texts"), fault.get("examples_at_fault")
     which = ""
     if isinstance(texts, list) and isinstance(at_fault, list) and 0 < len(at_fault) < len(texts):

@@ -32,6 +32,7 @@ class RunState:
     evaluations_since_best: int = 0
     other_validation_until: int = -1  # evaluations up to this step are of other validation data than those now
     evaluation_due: bool = False  # a signal came before it was finished
+    data: dict[str, str] = field(default_factory=dict)  # a checksum of the tokens of each split
     depth_steps: list[int] = field(default_factory=list)  # the steps whose gradients were measured
     depth_norms: list[list[float]] = field(default_factory=list)  # and the norm of each block at them
     log_history: list[dict[str, Any]] = field(default_factory=list)

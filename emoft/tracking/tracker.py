@@ -334,6 +334,7 @@ class Tracker:
                 "logging_steps": config.logging_steps,
                 "eval_steps": config.eval_steps or self.steps_per_epoch,
                 "save_steps": config.save_steps,
+                "data": run.data,
                 "log_history": run.log_history,
             },
         )

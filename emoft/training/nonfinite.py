@@ -24,6 +24,7 @@ from emoft.training.optimizer import skip_next_step_if
 from emoft.training.randomness import random_state, set_random_state
 from emoft.training.runtime import Runtime
 
+REPETITIONS = 2  # of a bad step: what is of the step comes again in each, what is of the device may not
 MOST_IN_A_ROW = 10  # steps that --on_nonfinite skip drops before it stops
 ROWS_AT_ONCE = 64  # of logits, each as wide as the vocabulary
 LAST_MODULE = "transformer.ln_f"  # what comes after it is the head and the loss
@@ -45,6 +46,7 @@ class Fault:
     examples_at_fault: list[int] = field(default_factory=list)  # places in the step, from 0
     token_ids: list[list[int]] = field(default_factory=list)  # of each example of the step
     rank: int = 0  # of several, the first one where it was found
+    recurred: int = 0  # in how many of its repetitions it began at the same place again
     random_state: list[str] = field(default_factory=list)  # its generators at the start of the step, base64
 
 
@@ -61,7 +63,7 @@ class NonFiniteGuard:
         is_cpu, is_fp16 = runtime.device.type == "cpu", runtime.precision.scaler.is_enabled()
         self.looks_always = is_cpu or is_fp16 or on_nonfinite == "skip"
         self.bad_step: Step | None = None  # that is to be repeated, or is being repeated
-        self.fault: Fault | None = None  # what its repetition found
+        self.faults: list[Fault] = []  # what each of its repetitions found
         self._first = torch.zeros((), dtype=torch.int64, device=runtime.device)  # such step since the last look
         self._recent: list[Step] = []  # since then
         self._listener: _Listener | None = None
@@ -84,7 +86,7 @@ class NonFiniteGuard:
             looks: reads from the device, a CPU-GPU sync point, which elsewhere than there is no matter.
         """
         if self._listener is not None:  # this was the repetition
-            self.fault = self._find_fault(step, float(loss), float(grad_norm))
+            self.faults.append(self._find_fault(step, float(loss), float(grad_norm)))
             self.drop_gradients()
             return True
         is_fault = ~(loss.isfinite() & grad_norm.isfinite())
@@ -110,18 +112,33 @@ class NonFiniteGuard:
         if scaler.is_enabled():
             scaler.update(scaler.get_scale())  # the same scale, and the gradients of the next step are scaled anew
 
-    @contextmanager
-    def repeating(self) -> Iterator[Step]:
-        """Give the bad step to be repeated, in the random state in which it began; `fault` then says what was found."""
+    def repetitions(self) -> Iterator[Step]:
+        """Yield the bad step to be repeated, as often as it takes to know; `fault` then says what was found."""
         step = self.bad_step
         assert step is not None
+        self.faults = []
+        for _ in range(REPETITIONS):
+            with self._repeating(step):
+                yield step
+        self.bad_step = None
+
+    @property
+    def fault(self) -> Fault:
+        """What the repetitions of the bad step found, as one."""
+        found = next((fault for fault in self.faults if fault.found != "nowhere"), self.faults[0])
+        same = [fault for fault in self.faults if (fault.found, fault.module) == (found.found, found.module)]
+        return replace(found, recurred=0 if found.found == "nowhere" else len(same))
+
+    @contextmanager
+    def _repeating(self, step: Step) -> Iterator[None]:
+        """Listen to the step in this context, which begins in the random state in which it began before."""
         now = random_state(self.runtime.device)
         set_random_state(step.random_state, self.runtime.device)
         try:
             with _Listener(self.model) as self._listener:
-                yield step
+                yield
         finally:
-            self._listener = self.bad_step = None
+            self._listener = None
             set_random_state(now, self.runtime.device)
 
     def _find_fault(self, step: Step, loss: float, grad_norm: float) -> Fault:
@@ -196,8 +213,10 @@ def describe(fault: Fault, examples: list[int], texts: list[str], details: str) 
         "backward": f"began in the backward pass: {share} of the gradient to {fault.module}'s output are not finite",
         "weight gradient": f"began in the gradient of {fault.module}; those of the activations are finite",
         "loop": "began in train.py itself, behind the model: its logits are finite, what the loop makes of them is not",
-        "nowhere": "it did not recur when the step was repeated: the device may be faulty",
+        "nowhere": "it did not recur when the step was repeated twice: the device may be faulty",
     }["head" if fault.module == "lm_head" else fault.found]
+    if 0 < fault.recurred < REPETITIONS:
+        where += "; it did so in one of two repetitions only: the device may be faulty"
     weights = "all weights are finite"
     if fault.parameters_not_finite:
         weights = f"not finite are the weights {_few(fault.parameters_not_finite)}"

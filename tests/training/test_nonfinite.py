@@ -20,7 +20,7 @@ from emoft.data.steps import Step
 from emoft.distributed.world import World
 from emoft.model.attention import use_packed_attention
 from emoft.training.loss import cross_entropy, shift_labels
-from emoft.training.nonfinite import Fault, NonFiniteGuard
+from emoft.training.nonfinite import REPETITIONS, Fault, NonFiniteGuard, describe
 from emoft.training.optimizer import build_optimizer, clip_in_next_step
 from emoft.training.precision import Precision
 from emoft.training.runtime import Runtime
@@ -148,15 +148,15 @@ class TestTrace:
         if not guard.refuses(step, loss, torch.tensor(math.nan), looks=True):
             raise AssertionError("a norm that is not finite is refused")
         drawn = torch.get_rng_state()
-        with guard.repeating() as bad_step:
+        for bad_step in guard.repetitions():
             assert bad_step is step
             assert torch.equal(torch.get_rng_state(), step.random_state[0]), "it begins as it began before"
             again = self.compute(model, bad_step)
             norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             assert guard.refuses(bad_step, again, norm, looks=True)
+            assert again.isnan() or torch.equal(loss, again)
         assert torch.equal(drawn, torch.get_rng_state())
-        assert again.isnan() or torch.equal(loss, again)
-        assert guard.fault is not None
+        assert len(guard.faults) == REPETITIONS
         assert guard.bad_step is None
         return guard.fault
 
@@ -183,6 +183,21 @@ class TestTrace:
         assert (fault.found, fault.module) == ("forward", name)
         assert fault.parameters_not_finite == [f"{name}.weight"]
         assert fault.examples_at_fault == [0], "the first micro-batch shows it"
+
+    def test_a_fault_of_one_repetition_alone(self, model: GPT2LMHeadModel) -> None:
+        """A device that computes wrongly now and then."""
+        forwards = 0
+
+        def spoil(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+            nonlocal forwards
+            forwards += 1
+            return output * math.nan if forwards == 3 else output  # of the first repetition's two micro-batches
+
+        handle = model.transformer.h[0].mlp.register_forward_hook(spoil)
+        fault = self.trace(model)
+        handle.remove()
+        assert (fault.found, fault.module, fault.recurred) == ("forward", "transformer.h.0.mlp", 1)
+        assert "in one of two repetitions only: the device may be faulty" in describe(fault, [1, 2], ["a", "b"], "x")[1]
 
     def test_one_example(self, model: GPT2LMHeadModel) -> None:
         with torch.no_grad():
@@ -211,7 +226,9 @@ class TestTrace:
         assert not fault.parameters_not_finite
 
     def test_a_sound_step(self, model: GPT2LMHeadModel) -> None:
-        assert self.trace(model).found == "nowhere"
+        fault = self.trace(model)
+        assert (fault.found, fault.recurred) == ("nowhere", 0)
+        assert "when the step was repeated twice: the device may be faulty" in describe(fault, [1], ["a"], "x")[1]
 
 
 def planted(tiny_model: Path, folder: Path, name: str, index: object, value: float) -> Path:
