@@ -186,16 +186,15 @@ class TestTrace:
 
     def test_a_fault_of_one_repetition_alone(self, model: GPT2LMHeadModel) -> None:
         """A device that computes wrongly now and then."""
-        forwards = 0
+        mlp, forwards = model.transformer.h[0].mlp, []
+        compute = mlp.forward
 
-        def spoil(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-            nonlocal forwards
-            forwards += 1
-            return output * math.nan if forwards == 3 else output  # of the first repetition's two micro-batches
+        def spoil(hidden: torch.Tensor) -> torch.Tensor:
+            forwards.append(hidden)
+            return compute(hidden) * (math.nan if len(forwards) == 3 else 1)  # the first repetition's first micro-batch
 
-        handle = model.transformer.h[0].mlp.register_forward_hook(spoil)
+        mlp.forward = spoil
         fault = self.trace(model)
-        handle.remove()
         assert (fault.found, fault.module, fault.recurred) == ("forward", "transformer.h.0.mlp", 1)
         assert "in one of two repetitions only: the device may be faulty" in describe(fault, [1, 2], ["a", "b"], "x")[1]
 
