@@ -183,6 +183,9 @@ class TrainConfig:
         begins_group="Debugging",
         on_resume="free",
     )
+    log_gradients_of: Literal["blocks", "layers"] = option(
+        "blocks", "what they are told of: each block, or each kind of layer in it too", on_resume="free"
+    )
     sample_every: CountOrOff = option(
         0, "optimizer steps between two rounds of sample texts (0: at the end only)", on_resume="free"
     )

@@ -146,9 +146,12 @@ class Run:
     def _begin(self) -> None:
         """Evaluate before the first step: what fine-tuning brings is the difference to that."""
         if self.state.step == 0:
-            self.tracker.log_start(
-                self.text_model.model, self.loader.examples_per_step, self.monitor.weights_at_start()
-            )
+            norms = self.monitor.weights_at_start()
+            self.state.weights_at_start = self.monitor.start
+            self.tracker.log_start(self.text_model.model, self.loader.examples_per_step, norms)
+        else:
+            self.monitor.start = self.state.weights_at_start
+            self.tracker.log_layers_at_start()
         self.has_stopped_early = self._out_of_patience() and self.state.step > 0
         self.is_done |= self.has_stopped_early and not self.state.evaluation_due
         if self.state.evaluation_due:

@@ -51,6 +51,7 @@ class Fault:
     rows: Callable[[Rows, random.Random], Rows] | None = None  # of train
     code: str = ""  # runs before train.py
     edit: tuple[str, str] | None = None  # a piece of train.py, and what takes its place
+    fine_tunes: bool = False  # a model that was trained before, and not a fresh one
 
 
 # Runs in the process of train.py, after the model is loaded.
@@ -206,6 +207,39 @@ FAULTS = [
         "h02",
         weights="model.transformer.h[2].mlp.c_fc.bias.fill_(-8)",
     ),
+    Fault(
+        "queries and keys of a block 6 times too large",
+        ["attention_stuck", "layer_scale"],
+        "h02",
+        weights="model.transformer.h[2].attn.c_attn.weight[:, :160].mul_(120)",
+    ),
+    Fault(
+        "one number of a block's output grows without end",
+        ["outlier_features"],
+        "h02",
+        code=on_loading(
+            "calls = [0]",
+            "def grow(module, inputs, output):",
+            "    calls[0] += module.training",
+            "    if calls[0] > 60:",
+            "        output = output.clone()",
+            "        output[..., 3] += 1000.0",
+            "    return output",
+            "model.transformer.h[2].mlp.register_forward_hook(grow)",
+        ),
+    ),
+    Fault(
+        "a step of 256 texts that hold only eight",
+        ["texts_repeated", "batch_too_large"],
+        rows=lambda rows, chance: chance.sample(rows, 8) * 256,
+        flags={"per_device_train_batch_size": 256, "max_steps": 40, "logging_steps": 2, "log_gradients_every": 4},
+    ),
+    Fault(
+        "fine-tuning at 1,000 times the usual rate",
+        ["pretraining_lost", *HIGH_RATE],
+        flags={"learning_rate": 5e-2},
+        fine_tunes=True,
+    ),
     Fault("clipping at 0.0001", ["clipped_too_often"], flags={"max_grad_norm": 0.0001}),
     Fault(
         "fp16 overflows at every tenth step",
@@ -263,6 +297,8 @@ def healthy() -> dict[str, dict[str, object]]:
     for steps in (1, 2, 10, 25):
         found[f"logged every {steps} steps"] = {"logging_steps": steps}
     found |= {
+        "fine-tuning": {"model_name_or_path": "pretrained", "learning_rate": 5e-4},
+        "fine-tuning, slowly": {"model_name_or_path": "pretrained", "learning_rate": 5e-5},
         "no warmup": {"warmup_steps": 0, "learning_rate": 1e-3},
         "padded": {"batching": "padded"},
         "padded, accumulated": {
@@ -333,6 +369,8 @@ class Planter:
             "output_dir": place / "run",
             **settings,
         }
+        if values["model_name_or_path"] or (fault and fault.fine_tunes):
+            values |= {"model_name_or_path": self.pretrained(), "config_overrides": ""}
         if values.get("config"):
             kept = {"config", "num_train_epochs", "max_steps", "seed", "output_dir", "log_gradients_every"}
             values = {name: value for name, value in values.items() if name in kept}
@@ -351,6 +389,13 @@ class Planter:
         assert result.code in (0, 2), (name, result.err[-2000:])
         assert (place / "run/runs").exists(), (name, result.err[-2000:])
         return place / "run"
+
+    def pretrained(self) -> Path:
+        """Return a model that has learned something, made once."""
+        made = self.folder / "pretrained-0" / "run"
+        if not made.exists():
+            self.train("pretrained", 0, {"max_steps": 300, "log_gradients_every": 0})
+        return made
 
     def diagnose(self, run: Path) -> dict[str, Any]:
         result = self.scripts("-m", "emoft.gradients", str(run), "--json", cwd=self.folder)

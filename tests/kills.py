@@ -12,6 +12,7 @@ import json
 import os
 import pty
 import random
+import select
 import shutil
 import signal
 import sys
@@ -109,7 +110,9 @@ class Killer:
     def close_terminal(self, name: str, chance: random.Random) -> str:
         ours, theirs = pty.openpty()
         tty = os.ttyname(theirs)
-        self.start(name, dict.fromkeys(("stdin", "stdout", "stderr"), tty), terminal=tty)
+        process = self.start(name, dict.fromkeys(("stdin", "stdout", "stderr"), tty), terminal=tty)
+        while os.readlink(f"/proc/{process}/fd/2") != tty:
+            time.sleep(0.01)
         os.close(theirs)
         time.sleep(chance.uniform(0.0, 0.5 * self.seconds))
         os.close(ours)
@@ -123,6 +126,7 @@ class Killer:
             os.mkfifo(pipe)
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         process = self.start(name, {"stdout": str(pipe), "stderr": str(pipe)})
+        select.select([reader], [], [], 60)  # it has begun: until then Ctrl-C is Python's own matter
         time.sleep(chance.uniform(0.0, 0.5 * self.seconds))
         os.close(reader)
         with contextlib.suppress(ProcessLookupError):
@@ -138,7 +142,8 @@ class Killer:
 
     def damage_newest(self, name: str, chance: random.Random) -> str:
         """What the best model is taken from is spared: without it another model would be exported, which is told."""
-        found = sorted(self.folder.glob(f"{name}/checkpoint-*"), key=lambda path: int(path.name[11:]))
+        found = [path for path in self.folder.glob(f"{name}/checkpoint-*") if path.name[11:].isdigit()]
+        found.sort(key=lambda path: int(path.name[11:]))
         if len(found) < 2 or found[-1].name == self.best(name):
             return name
         path = chance.choice(sorted(each for each in found[-1].iterdir() if each.is_file()))
@@ -146,7 +151,8 @@ class Killer:
         return name
 
     def best(self, name: str) -> str:
-        states = self.folder.glob(f"{name}/checkpoint-*/trainer_state.json")
+        states = list(self.folder.glob(f"{name}/checkpoint-*/trainer_state.json"))
+        states = [path for path in states if path.parent.name[11:].isdigit()]
         with contextlib.suppress(ValueError):
             newest = max(states, key=lambda path: int(path.parent.name[11:]))
             return str(json.loads(newest.read_text())["best_model_checkpoint"]).rpartition("/")[2]

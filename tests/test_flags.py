@@ -52,7 +52,7 @@ def test_which_flags_a_resumed_run_may_change() -> None:
         *("use_cpu", "parallel", "gradient_checkpointing", "torch_compile", "per_device_eval_batch_size"),
         *("early_stopping_patience", "load_best_model_at_end", "log_gradients_every", "sample_every", "on_nonfinite"),
         *("model_name_or_path", "config_overrides", "vocab_size", "tokenizer_name", "validation_file", "test_file"),
-        *("model_revision", "on_spike"),
+        *("model_revision", "on_spike", "log_gradients_of"),
     }
     data = {
         *("train_file", "dataset_name", "dataset_config_name", "delimiter", "text_column", "label_column"),

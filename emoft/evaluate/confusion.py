@@ -6,7 +6,10 @@ from PIL import Image, ImageDraw, ImageFont
 from emoft.colors import colors
 
 CONFUSION_TITLE = "texts by emotion (down) and predicted emotion (across)"
-MOST_PIXELS = 2400  # of a confusion matrix's side
+WIDTH = 350  # pixels: so wide TensorBoard shows it, and only what is as wide is sharp
+MOST_PIXELS = 2400  # of the side of one with more labels than that has room for
+LEAST_CELL = 24  # pixels, in which a count can be read
+FONT_ROOM = 12  # pixels from one name to the next
 
 
 def confusion_map(labels: list[str], counts: np.ndarray) -> np.ndarray:
@@ -23,27 +26,30 @@ def confusion_map(labels: list[str], counts: np.ndarray) -> np.ndarray:
         (height, width, 3) uint8.
     """
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    font, title_font = ImageFont.load_default(20), ImageFont.load_default(22)
+    font = ImageFont.load_default(11)
     names = labels if all(map(_is_latin, labels)) else [str(number) for number in range(1, len(labels) + 1)]
     longest = round(max(font.getlength(name) for name in names))
-    cell = max(1, min(max(84, longest + 12), MOST_PIXELS // len(labels)))
-    left, top = longest + 24, 84
-    width = max(left + cell * len(labels), 12 + round(title_font.getlength(CONFUSION_TITLE)))
-    image = Image.new("RGB", (width + 16, top + cell * len(labels) + 16), "white")
+    left, top = longest + 12, 42
+    cell = (WIDTH - left - 2) // len(labels)
+    if cell < LEAST_CELL:
+        cell = max(1, min(LEAST_CELL, MOST_PIXELS // len(labels)))
+    width = max(left + cell * len(labels) + 2, WIDTH)
+    image = Image.new("RGB", (width, top + cell * len(labels) + 2), "white")
     image.paste(Image.fromarray(colors(shares).repeat(cell, axis=0).repeat(cell, axis=1)), (left, top))
     draw = ImageDraw.Draw(image)
-    draw.text((12, 10), CONFUSION_TITLE, "black", title_font)
+    draw.text((6, 5), CONFUSION_TITLE, "black", font)
     for row, name in enumerate(names):
         middle = (row + 0.5) * cell
-        if cell >= 24:
-            draw.text((left - 12, top + middle), name, "black", font, anchor="rm")
-        if cell < longest + 12:
-            continue
-        draw.text((left + middle, top - 8), name, "black", font, anchor="md")
+        if cell >= FONT_ROOM:
+            draw.text((left - 6, top + middle), name, "black", font, anchor="rm")
+        if cell >= font.getlength(name) + 2:
+            draw.text((left + middle, top - 4), name, "black", font, anchor="md")
         for column in range(len(labels)):
-            color = "black" if shares[row, column] > 0.6 else "white"
-            place = left + (column + 0.5) * cell, top + middle
-            draw.text(place, f"{counts[row, column]:,}", color, font, anchor="mm")
+            count = f"{counts[row, column]:,}"
+            if cell >= font.getlength(count) + 4 and cell >= FONT_ROOM:
+                color = "black" if shares[row, column] > 0.6 else "white"
+                place = left + (column + 0.5) * cell, top + middle
+                draw.text(place, count, color, font, anchor="mm")
     return np.asarray(image)
 
 

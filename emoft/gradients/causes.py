@@ -17,10 +17,13 @@ ORDER = (
     "learning_rate_jumps",
     "no_warmup",
     "learning_rate_too_high",
+    "pretraining_lost",
     "not_finite",
     "learning_rate_too_low",
     "dropout_too_strong",
     "dead_units",
+    "attention_stuck",
+    "outlier_features",
     "skipped_too_often",
     "texts_repeated",
     "one_emotion",
@@ -30,6 +33,7 @@ ORDER = (
     "vanishing",
     "clipped_too_often",
     "loss_spikes",
+    "batch_too_large",
     "loss_does_not_fall",
     "context_not_used",
     "emotions_not_learned",
@@ -37,11 +41,13 @@ ORDER = (
 )
 LEARNS_BADLY = {"loss_does_not_fall", "context_not_used", "emotions_not_learned"}
 UNSTEADY = {"clipped_too_often", "loss_spikes", "exploding", "vanishing", "dead_units", "skipped_too_often"}
+UNSTEADY |= {"attention_stuck", "outlier_features", "pretraining_lost"}
 RUNS_AWAY = {"learning_rate_too_high", "learning_rate_jumps", "no_warmup", "first_loss_too_high", "not_finite"}
 BAD_START = LEARNS_BADLY | UNSTEADY | RUNS_AWAY | {"layer_scale", "learning_rate_too_low", "overfitting"}
+BAD_START |= {"batch_too_large"}
 # By each cause, the findings that need no other explanation where it is found.
 EXPLAINS: dict[str, set[str]] = {
-    "labels_misaligned": LEARNS_BADLY | UNSTEADY | {"overfitting", "learning_rate_too_high"},
+    "labels_misaligned": LEARNS_BADLY | UNSTEADY | {"overfitting", "learning_rate_too_high", "batch_too_large"},
     "initialization_too_large": BAD_START,
     "initialization_too_small": BAD_START,
     "layer_scale": BAD_START,
@@ -54,11 +60,13 @@ EXPLAINS: dict[str, set[str]] = {
     "no_warmup": LEARNS_BADLY | UNSTEADY | RUNS_AWAY,
     "learning_rate_too_high": LEARNS_BADLY | UNSTEADY | RUNS_AWAY | {"overfitting"},
     "not_finite": LEARNS_BADLY | UNSTEADY,
+    "pretraining_lost": LEARNS_BADLY | UNSTEADY | {"overfitting"},
     "learning_rate_too_low": LEARNS_BADLY | {"vanishing"},
     "dropout_too_strong": LEARNS_BADLY,
     "dead_units": LEARNS_BADLY | {"vanishing"},
     "skipped_too_often": LEARNS_BADLY,
-    "texts_repeated": {"one_emotion", "overfitting", "emotions_not_learned"},
+    "attention_stuck": LEARNS_BADLY | {"vanishing"},
+    "texts_repeated": {"batch_too_large", "one_emotion", "overfitting", "emotions_not_learned"},
     "one_emotion": {"emotions_not_learned", "overfitting"},
     "labels_do_not_fit": {"emotions_not_learned"},
     "evaluated_on_train": {"overfitting"},

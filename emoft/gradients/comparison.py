@@ -112,7 +112,8 @@ def compare(first: Record, second: Record, names: list[str]) -> Comparison:
                 continue
             compared, last = compared + 1, max(last, step)
             if value != other and not (math.isnan(value) and math.isnan(other)):
-                found.append(Difference(step, tag, value, other))
+                is_layer = tag.startswith("weights_at_start/")  # which has the numbers of blocks in place of steps
+                found.append(Difference(*((0, f"{tag}/h{step:02}") if is_layer else (step, tag)), value, other))
     precisions = [str(record.flags.get("mixed_precision", "auto")) for record in (first, second)]
     tolerance = max(ROUNDING.get(precision, ROUNDING["bf16"]) for precision in precisions)
     result = Comparison(names, flags, data, compared, last, tolerance=tolerance)
@@ -130,7 +131,7 @@ def _at_first_step(found: list[Difference]) -> list[Difference]:
 
 def _order(difference: Difference) -> tuple[int, str]:
     kind = next((number for number, name in enumerate(ORDER) if difference.tag.startswith(name)), len(ORDER))
-    if difference.step == 0 and difference.tag.startswith("weight_norm/"):
+    if difference.step == 0 and difference.tag.startswith(("weight_norm/", "weights_at_start/")):
         kind = -1  # they begin with other weights
     return kind, difference.tag
 

@@ -27,11 +27,15 @@ CHECKS: dict[str, Callable[[Record], list[Finding]]] = {
     "gradients reach the first block as they do the last": model_checks.check_depth,
     "every block learns": model_checks.check_frozen,
     "the units of every MLP are alive": model_checks.check_saturation,
+    "attention looks at more than single tokens": model_checks.check_attention,
+    "no single number holds a whole activation": model_checks.check_kurtosis,
     "the learning rate is what the flags say": step_checks.check_schedule,
     "updates change as slowly as the schedule": step_checks.check_update_jumps,
     "the first steps are not too large": step_checks.check_warmup,
     "the learning rate is not too high": step_checks.check_rate_too_high,
     "the learning rate is not too low": step_checks.check_rate_too_low,
+    "something of the pretrained model is left": step_checks.check_distance,
+    "the texts of a step do not all say the same": step_checks.check_batch,
     "weight decay leaves the weights": step_checks.check_decay,
     "clipping is the exception": step_checks.check_clipping,
     "fp16 drops few steps": step_checks.check_skipped,
@@ -107,6 +111,8 @@ def report(config: GradientsConfig) -> None:
     measured = len(record.curves[f"gradient_norm/{record.blocks[0]}"]) if record.blocks else 0
     print(f"{config.run_dir}: {len(steps)} log entries, gradients measured at {measured} steps")
     print(describe_depth(record))
+    if line := step_checks.describe_batch(record):
+        print(line)
     for finding in diagnosis.findings:
         cause = diagnosis.because.get(finding.name)
         print(f"- {f'[follows from {cause}] ' if cause else ''}{finding.text}\n  open: {finding.tag}")

@@ -5,6 +5,7 @@ import statistics
 from emoft.gradients.finding import Finding, list_steps
 from emoft.gradients.record import CannotCheckError, Record
 from emoft.gradients.thresholds import (
+    ALREADY_GOOD,
     ENTRIES,
     EVALUATION_RISE,
     LEAST_FALL,
@@ -22,17 +23,19 @@ def check_fall(record: Record) -> list[Finding]:
     losses = record.values("train/loss", ENTRIES, how=MORE_ENTRIES)
     part = max(2, len(losses) // 10)
     first, last = statistics.median(losses[:part]), statistics.median(losses[-part:])
+    entropy = record.values("train/unigram_entropy")
     if not last < first * (1 - LEAST_FALL):
+        if max(first, last) < entropy[-1] * ALREADY_GOOD:
+            raise CannotCheckError("it began far below that, and nobody knows how much there is left to learn")
         text = (
             f"the loss does not fall: {first:.2f} nats in the beginning, {last:.2f} at the end (at least"
             f" {LEAST_FALL:.0%} less is expected). Check --learning_rate, that --template puts the text where it"
             " belongs, and that labels are shifted by one"
         )
         return [Finding("loss_does_not_fall", text, "train/loss", figure=last, threshold=first * (1 - LEAST_FALL))]
-    entropy = record.values("train/unigram_entropy")
     if last >= entropy[-1]:
         fifth = max(2, len(losses) // 5)
-        if last < statistics.median(losses[-2 * fifth : -fifth]) * (1 - STILL_FALLING):
+        if last < statistics.median(losses[-3 * fifth : -2 * fifth]) * (1 - STILL_FALLING):
             raise CannotCheckError("the loss still falls, and is not yet below that of word frequencies: train longer")
         text = (
             f"the loss is {last:.2f} nats at the end, no better than knowing how frequent each token is"

@@ -7,9 +7,13 @@ from emoft.gradients.finding import Finding
 from emoft.gradients.names import KINDS, NO_UPDATE
 from emoft.gradients.record import CannotCheckError, Record
 from emoft.gradients.thresholds import (
+    ATTENTION_ENTROPY,
+    ATTENTION_LOGIT,
     DEPTH_RATIO,
     DROPOUT,
     FIRST_LOSS,
+    KURTOSIS_RISE,
+    KURTOSIS_SHARE,
     LARGEST_WEIGHTS,
     LAYER_RATIO,
     SATURATION,
@@ -88,6 +92,9 @@ def matrix_sizes(record: Record) -> dict[str, float]:
 
 def start_norm(record: Record, place: str) -> float | None:
     """Return the norm of some weights at the start, or at the first measurement; None if they were never measured."""
+    block, _, kind = place.partition(".")
+    if kind:  # told of each kind at once, at the number of the block in place of a step
+        return record.curves.get(f"weights_at_start/{kind}", {}).get(int(block[1:]))
     points = sorted(record.curves.get(f"weight_norm/{place}", {}).items())
     return points[0][1] if points and math.isfinite(points[0][1]) else None
 
@@ -109,7 +116,7 @@ def check_layers(record: Record) -> list[Finding]:
                     f" of {kind} in the other blocks (norm {norm:.3g}, there {middle:.3g}; up to {LAYER_RATIO:g} times"
                     " is usual): initialize that layer like the others"
                 )
-                findings.append(Finding("layer_scale", text, f"weight_norm/{place}", [0], ratio, LAYER_RATIO))
+                findings.append(Finding("layer_scale", text, f"weights_at_start/{kind}", [0], ratio, LAYER_RATIO))
     return findings + _embeddings(record)
 
 
@@ -209,3 +216,43 @@ def check_saturation(record: Record) -> list[Finding]:
             )
             findings.append(Finding("dead_units", text, tag, [first], share, SATURATION))
     return findings
+
+
+def check_attention(record: Record) -> list[Finding]:
+    """Attention that looks at single tokens, by scores so large that no gradient can move it."""
+    for name in record.measured_blocks():
+        scores = record.points(f"attention_logit/{name}", unit="measurements")
+        shares = dict(record.points(f"attention_entropy/{name}", unit="measurements with texts of two tokens"))
+        stuck = [
+            (step, score)
+            for step, score in scores
+            if score > ATTENTION_LOGIT and shares.get(step, 1.0) < ATTENTION_ENTROPY
+        ]
+        if len(stuck) > len(scores) / 2:
+            step, score = stuck[0]
+            text = (
+                f"attention of {name} looks at single tokens: its largest score is {score:.0f} (up to"
+                f" {ATTENTION_LOGIT:.0f} is usual) and its entropy {shares[step]:.1%} of what is possible, so that"
+                f" hardly a gradient passes. Initialize {name}.attn.c_attn smaller, or lower --learning_rate"
+            )
+            return [Finding("attention_stuck", text, f"attention_logit/{name}", [step], score, ATTENTION_LOGIT)]
+    return []
+
+
+def check_kurtosis(record: Record) -> list[Finding]:
+    """A block in whose output a single number comes to hold nearly everything."""
+    width = record.values("model/width", unit=AT_START)[0]
+    limit = KURTOSIS_SHARE * width
+    for name in record.measured_blocks(2):
+        points = record.points(f"kurtosis/{name}", 2, "measurements")
+        first = points[0][1]
+        high = [(step, value) for step, value in points if value > max(limit, KURTOSIS_RISE * first)]
+        if high:
+            step, value = high[0]
+            text = (
+                f"a single number holds nearly all of the output of {name}: kurtosis {value:.0f} from step {step} on,"
+                f" at first {first:.1f} (up to {limit:.0f}, {KURTOSIS_SHARE:.0%} of n_embd, is usual): half precision"
+                " rounds away what lies beside it. Lower --learning_rate, or raise --weight_decay"
+            )
+            return [Finding("outlier_features", text, f"kurtosis/{name}", [step], value, limit)]
+    return []

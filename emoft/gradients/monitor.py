@@ -8,23 +8,23 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from transformers import GPT2LMHeadModel
 
 from emoft.config import TrainConfig
 from emoft.data.steps import Step
 from emoft.distributed.parallel import whole
 from emoft.distributed.world import World
+from emoft.gradients.listener import Listener, gradient_noise
 from emoft.gradients.names import NO_UPDATE
 
 IN_BLOCK = re.compile(r"transformer\.h\.(\d+)\.(ln|[a-z]+\.[a-z_]+)")
-SATURATED = -3.0  # below it GELU passes about 1 % of a gradient or less
 BINS = 64  # of a histogram
+SAMPLED = 4096  # weights of a block, by which its distance from the start is estimated
+MATRICES = re.compile(r"\.c_(attn|proj|fc)\.weight$")
 COUNTED_AT_ONCE = 1 << 18  # values of a histogram: what stays in a processor's cache
 
 
@@ -66,6 +66,14 @@ def group_parameters(model: GPT2LMHeadModel) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def group_blocks(model: GPT2LMHeadModel) -> dict[str, list[nn.Parameter]]:
+    """Return a model's parameters by block: "h00" and so on, and "wte", "wpe", "ln_f"."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for place, parameters in group_parameters(model).items():
+        groups.setdefault(place.partition(".")[0], []).extend(parameters)
+    return groups
+
+
 class GradientMonitor:
     """Measures a step in three looks: at the first micro-batch, at the complete gradients, and at the update.
 
@@ -78,21 +86,43 @@ class GradientMonitor:
         if self.every:
             optimizer.register_step_post_hook(lambda *_: self._after_update())
         self._found: Figures | None = None
-        self.groups = group_parameters(model)
+        self.layers = group_parameters(model)
+        self.groups = self.layers if config.log_gradients_of == "layers" else group_blocks(model)
         self.blocks = [f"h{number:02}" for number in range(len(model.transformer.h))]
         self.is_on = False
-        self._hooks: list[RemovableHandle] = []
+        self._listener: Listener | None = None
+        self._matrices = [p for name, p in model.named_parameters() if MATRICES.search(name)]
+        self.start: dict[str, list[float]] = {}  # some weights of each block as the run began, if that is known
 
     @torch.no_grad()
-    def weights_at_start(self) -> dict[str, float]:
-        """Return the norms of the weights as they are, by tag; none if nothing is to be measured."""
+    def weights_at_start(self) -> dict[str, dict[int, float]]:
+        """Return the norms of the weights as they are, and keep some weights; none if nothing is to be measured.
+
+        Returns:
+            By tag, the values by step; those of the layers of a kind stand at the number of their block instead.
+        """
         if not self.every:
             return {}
-        norms = {place: _norm([whole(p) for p in parameters]) for place, parameters in self.groups.items()}
+        self.start = {name: self._sample(name).tolist() for name in self.blocks}
+        norms = {place: _norm([whole(p) for p in parameters]) for place, parameters in self.layers.items()}
         values = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
+        curves: dict[str, dict[int, float]] = {}
+        for place, value in values.items():
+            block, _, kind = place.partition(".")
+            if kind:
+                curves.setdefault(f"weights_at_start/{kind}", {})[self.blocks.index(block)] = value
+            else:
+                curves[f"weight_norm/{place}"] = {0: value}
         for name in self.blocks:
-            values[name] = math.hypot(*(values[place] for place in self.groups if place[:3] == name))
-        return {f"weight_norm/{place}": value for place, value in values.items() if math.isfinite(value)}
+            norm = math.hypot(*(values[place] for place in self.layers if place.partition(".")[0] == name))
+            curves[f"weight_norm/{name}"] = {0: norm}
+        return {tag: curve for tag, curve in curves.items() if all(map(math.isfinite, curve.values()))}
+
+    def _sample(self, name: str) -> Tensor:
+        """Return some weights of a block, always the same, evenly spread; all of a small one."""
+        parts = [whole(p).detach().flatten() for p in self._parameters_of(name)]
+        each = -(-sum(part.numel() for part in parts) // SAMPLED)
+        return torch.cat([part[::each].float() for part in parts])
 
     @contextlib.contextmanager
     def watching(self, step: Step) -> Iterator[None]:
@@ -120,44 +150,13 @@ class GradientMonitor:
         self._loss_scale = step.loss_scale * self.world.size
         batches = step.micro_batches
         self._read_later: dict[str, Tensor] = {}  # numbers that are still on the device
-        self._sums: dict[str, Tensor] = {}  # likewise, of this rank: a sum, and over how many tokens or values it runs
         seen = self.world.gather({i for batch in batches for i in batch.inputs["input_ids"].flatten().tolist()})
         self._touched = torch.tensor(sorted(set().union(*seen)), device=device)
-        self._is_token = (batches[0].owners() >= 0).to(device)
-        for number, name in enumerate(self.blocks):
-            block = self.model.transformer.h[number]
-            activation: Any = block.get_submodule("mlp.act")
-            self._hooks.append(block.register_forward_hook(self._output_hook(name)))
-            self._hooks.append(activation.register_forward_pre_hook(self._saturation_hook(name)))
-
-    def _output_hook(self, name: str) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if f"activation_norm/{name}" in self._sums or not hidden.requires_grad:
-                return  # a later micro-batch, or an evaluation
-            tokens = hidden.detach()[self._is_token].float()  # (N, C)
-            self._sums[f"activation_norm/{name}"] = _sum_of(tokens.norm().double() ** 2, len(tokens))
-            hidden.register_hook(look_at_gradient)
-
-        def look_at_gradient(gradient: Tensor) -> None:
-            norm = gradient[self._is_token].float().norm().double() / self._loss_scale
-            self._sums.setdefault(f"activation_gradient/{name}", _sum_of(norm**2, 1))
-
-        return look
-
-    def _saturation_hook(self, name: str) -> Any:
-        def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            tag = f"activation_saturation/{name}"
-            if tag not in self._sums:
-                saturated = inputs[0].detach()[self._is_token] < SATURATED
-                self._sums[tag] = _sum_of(saturated.sum(), saturated.numel())
-
-        return look
+        self._listener = Listener(self.model, self.blocks, batches, self._loss_scale)
 
     def _stop_listening(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        if self._listener is not None:
+            self._listener.stop()
 
     @torch.no_grad()
     def measure_gradients(self) -> None:
@@ -176,6 +175,7 @@ class GradientMonitor:
             }
             if gradients and (ratio := self._signal_to_noise(parameters, clip)) is not None:
                 self._read_later[f"signal_to_noise/{place}"] = ratio
+        self._read_later["gradient_of_matrices"] = _norm(_gradients(self._matrices))
         embedding = self.model.transformer.wte.weight
         if embedding.grad is not None:
             rows = whole(embedding.grad).norm(dim=1).square()  # (V,)
@@ -224,15 +224,16 @@ class GradientMonitor:
             self._read_later[f"update_norm/{place}"] = _norm(changes)
         self._weights.clear()
         values = dict(zip(self._read_later, torch.stack(list(self._read_later.values())).tolist(), strict=True))
-        sums = self.world.sum(torch.stack(list(self._sums.values())))
-        for tag, (total, count) in zip(self._sums, sums.tolist(), strict=True):
-            values[tag] = total / max(1, count)
-            if "saturation" not in tag:
-                values[tag] = math.sqrt(total if "gradient" in tag else values[tag])
+        values |= self._heard(values.pop("gradient_of_matrices"))
+        for name in self.blocks:
+            if (start := self.start.get(name)) is not None:
+                began = torch.tensor(start)
+                moved = float((self._sample(name).cpu() - began).norm())
+                values[f"distance/{name}"] = moved / (float(began.norm()) or math.inf)
         for name in self.blocks:
             for kind in ("gradient_norm", "weight_norm", "update_norm"):
                 values[f"{kind}/{name}"] = math.hypot(*(values[f"{kind}/{p}"] for p in self.groups if name == p[:3]))
-        for place in [*self.groups, *self.blocks]:
+        for place in dict.fromkeys([*self.groups, *self.blocks]):
             change = values.pop(f"update_norm/{place}") / (values[f"weight_norm/{place}"] or math.inf)
             values[f"update_ratio/{place}"] = max(NO_UPDATE, math.log10(change)) if change > 0 else NO_UPDATE
         figures = self.figures
@@ -242,13 +243,39 @@ class GradientMonitor:
         figures.scalars["gradient_not_finite/entries"] = float(sum(shape.not_finite for shape in gradients))
         self._found = figures
 
+    def _heard(self, gradient_of_matrices: float) -> dict[str, float]:
+        """Return what the listener heard, of all ranks."""
+        heard, values = self._listener, {}
+        assert heard is not None
+        sums = self.world.sum(torch.stack(list(heard.sums.values())))
+        totals = dict(zip(heard.sums, sums.tolist(), strict=True))
+        for tag, (total, count) in totals.items():
+            kind, _, name = tag.partition("/")
+            if kind == "activation_norm":
+                values[tag] = math.sqrt(total / max(1, count))
+            elif kind == "activation_gradient":
+                values[tag] = math.sqrt(total)
+            elif kind == "fourth_powers":
+                squares = totals[f"activation_norm/{name}"][0]
+                values[f"kurtosis/{name}"] = count * total / squares**2 if squares else math.nan
+            elif count:
+                values[tag] = total / count
+        largest = self.world.gather({tag: float(value) for tag, value in heard.largest.items()})
+        values |= {tag: max(each[tag] for each in largest) for tag in heard.largest}
+        squares_of_texts = [
+            square
+            for of_rank in self.world.gather([square for part in heard.squares for square in part.tolist()])
+            for square in of_rank
+        ]
+        if len(squares_of_texts) > 1:
+            trace, common = gradient_noise(squares_of_texts, gradient_of_matrices**2)
+            values |= {"gradient_noise/scatter": trace, "gradient_noise/common": common}
+        self._listener = None
+        return values
+
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [whole(p.grad) for p in parameters if p.grad is not None]
-
-
-def _sum_of(total: Tensor, count: int) -> Tensor:
-    return torch.stack([total.double(), total.new_tensor(count, dtype=torch.float64)])
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,10 +9,13 @@ from emoft.gradients.names import NO_UPDATE
 from emoft.gradients.record import CannotCheckError, Record
 from emoft.gradients.thresholds import (
     ACTIVATION_GROWTH,
+    BATCH_ABOVE_NOISE,
     CLIPPED_NORM,
     CLIPPED_SHARE,
+    DISTANCE,
     DIVERGED,
     ENTRIES,
+    NOISE_MEASUREMENTS,
     SCHEDULE_ERROR,
     SKIPPED_SHARE,
     UPDATE_JUMP,
@@ -297,3 +300,63 @@ def check_skipped(record: Record) -> list[Finding]:
         " --mixed_precision bf16 or no"
     )
     return [Finding("skipped_too_often", text, tag, [], share, SKIPPED_SHARE)]
+
+
+def check_distance(record: Record) -> list[Finding]:
+    """Pretrained weights that are farther from where they began than they are long: nothing of them is left."""
+    if "model_name_or_path" not in record.flags:
+        raise CannotCheckError("no train_config.yaml beside the run")
+    if not record.flags["model_name_or_path"]:
+        return []  # random weights may go anywhere
+    for name in record.measured_blocks():
+        points = record.points(f"distance/{name}", unit="measurements since the run began")
+        far = [(step, value) for step, value in points if value > DISTANCE]
+        if far:
+            step, value = far[0]
+            text = (
+                f"the weights of {name} are {value:.1f} times their own length away from where they began, from step"
+                f" {step} on (up to {DISTANCE:g} is usual): nothing of the pretrained model is left. Lower"
+                " --learning_rate, tenfold at first"
+            )
+            return [Finding("pretraining_lost", text, f"distance/{name}", [step], value, DISTANCE)]
+    return []
+
+
+def noise_scale(record: Record) -> float:
+    """Return the batch, in texts, that would use the data as well: the simple noise scale over all measured steps.
+
+    It grows as the model learns, so that a large one is no fault of a run. Both of its parts are averaged before they
+    are divided (McCandlish et al., 2018, appendix A.1). Infinite where the texts' gradients have nothing in common.
+
+    Raises:
+        CannotCheckError: it was measured too seldom.
+    """
+    how = "--log_gradients_every, with several texts a step and without --label_contrast"
+    scatter = record.values("gradient_noise/scatter", NOISE_MEASUREMENTS, "measurements", how)
+    common = record.values("gradient_noise/common", NOISE_MEASUREMENTS, "measurements", how)
+    return sum(scatter) / sum(common) if sum(common) > 0 else math.inf
+
+
+def describe_batch(record: Record) -> str:
+    """Return what the noise of gradients says of the size of a batch, in one line; "" if it was not measured."""
+    try:
+        scale, size = noise_scale(record), record.values("train/examples_per_step")[0]
+    except CannotCheckError:
+        return ""
+    if not math.isfinite(scale):
+        return f"gradient noise: the {size:.0f} texts of a step have nothing in common that could be told from noise"
+    return f"gradient noise: a batch of about {max(1, scale):,.0f} texts would use the data as well (it has {size:.0f})"
+
+
+def check_batch(record: Record) -> list[Finding]:
+    """A batch whose texts all say the same."""
+    scale, size = noise_scale(record), record.values("train/examples_per_step")[0]
+    tag = "gradient_noise/scatter"
+    if size > BATCH_ABOVE_NOISE * max(1.0, scale):
+        text = (
+            f"the texts of a step say the same: a batch of about {max(1, scale):,.0f} would use the data as well, and a"
+            f" step has {size:.0f} (up to {BATCH_ABOVE_NOISE:.0f} times as much is usual). Lower"
+            " --per_device_train_batch_size, and look for texts that repeat"
+        )
+        return [Finding("batch_too_large", text, tag, [], size / max(1.0, scale), BATCH_ABOVE_NOISE)]
+    return []

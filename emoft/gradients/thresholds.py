@@ -7,7 +7,8 @@ Chosen by `python tests/faults.py --tuning`, on other seeds and sizes than those
 ENTRIES = 10  # log entries below which nothing is said of how the loss goes
 LEAST_ALIGNED = 0.99  # of the targets; two equal tokens in a row make a wrong shift right now and then
 LEAST_FALL = 0.02  # of the loss over a run, as a share of it
-STILL_FALLING = 0.01  # of the loss over a fifth of the run, as a share of it: then it is too early to judge
+ALREADY_GOOD = 0.9  # of the loss of word frequencies: a model that begins below it may have nothing left to learn
+STILL_FALLING = 0.02  # of the loss over two fifths of the run, as a share of it: then it is too early to judge
 DIVERGED = 1.25  # times the lowest loss before
 EVALUATION_RISE = 0.02  # of the evaluation loss above its lowest, as a share of it
 SPIKE_WINDOW = 15  # log entries before one that tell whether it stands out
@@ -25,6 +26,15 @@ LAYER_RATIO = 10.0  # between the weight norms of a layer and of the same layer 
 DEPTH_RATIO = 100.0  # between the gradient norms of the first block and the last
 SATURATION = 0.9  # of an MLP's units whose GELU is all but shut
 
+ATTENTION_LOGIT = 60.0  # a score of attention beyond which softmax passes next to no gradient
+ATTENTION_ENTROPY = 0.05  # of what is possible: attention looks at single tokens
+KURTOSIS_SHARE = 0.6  # of n_embd, which it is where a single number holds a whole activation
+KURTOSIS_RISE = 5.0  # times the first measurement: a pretrained model comes with numbers that stand out
+
+# The batch.
+NOISE_MEASUREMENTS = 5  # of gradient noise, below which nothing is said
+BATCH_ABOVE_NOISE = 30.0  # times the noise scale: all its texts say the same
+
 # The steps.
 UPDATE_TOO_SMALL, UPDATE_TOO_LARGE = (
     -5.0,
@@ -33,6 +43,7 @@ UPDATE_TOO_SMALL, UPDATE_TOO_LARGE = (
 UPDATE_JUMP = 1.2  # of log10, between two measurements, beyond what the schedule explains
 WEIGHT_GROWTH = 2.5  # times the norm at the start
 ACTIVATION_GROWTH = 100.0  # times the norm at the first measurement
+DISTANCE = 1.0  # of pretrained weights from where they began, as a share of their norm
 WEIGHT_DECAY = 0.002  # of a weight in a step: --learning_rate times --weight_decay
 WEIGHT_LOSS = 0.7  # of the norm at the start, below which weights have decayed
 SCHEDULE_ERROR = 0.05  # of the highest learning rate

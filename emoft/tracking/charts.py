@@ -1,14 +1,19 @@
 """What TensorBoard shows: the tags and what they mean, the diagnosis under Custom Scalars, the heat map, the guide."""
 
 from emoft.gradients.thresholds import (
+    ATTENTION_ENTROPY,
+    ATTENTION_LOGIT,
+    BATCH_ABOVE_NOISE,
     CLIPPED_NORM,
     CLIPPED_SHARE,
     DEPTH_RATIO,
+    DISTANCE,
     DISTINCT_SHARE,
     DIVERGED,
     EPOCHS,
     EVALUATION_RISE,
     FIRST_LOSS,
+    KURTOSIS_SHARE,
     LEAST_ALIGNED,
     OVERLAP,
     SATURATION,
@@ -93,29 +98,54 @@ GROUPS = {
     "activation_norm": "L2 norm of a token's vector at the block's output, root mean square over a micro-batch.",
     "activation_gradient": "L2 norm of the loss's gradient there, over the micro-batch, unscaled.",
     "activation_saturation": "Share of the MLP's inputs to GELU below -3, where almost no gradient passes.",
+    "attention_logit": "Largest score of attention, before softmax, over the texts and heads of a micro-batch.",
+    "attention_entropy": "Mean entropy of attention, as a share of ln of the tokens that may be seen: 1 looks at all of"
+    " them alike, 0 at a single one.",
+    "kurtosis": "Mean fourth power of the numbers at the block's output by the square of their mean square: 3 for a"
+    " normal distribution, n_embd where a single one holds everything.",
+    "distance": "|weights - weights as the run began| / |weights as the run began|, estimated from 4,096 of a block.",
+    "gradient_noise": "scatter: variance of the texts' gradients, summed over all weights; common: squared norm of what"
+    " they have in common, which noise can make negative. scatter / common is a batch size (McCandlish et al., 2018).",
+    "weights_at_start": "L2 norm of the layers of a kind as the run began. The horizontal axis is the block.",
     "final": "A figure of the finished run, for the HParams table.",
 }
 GUIDE_LEVEL = -3.0  # log10 of a healthy update ratio
 
+# Pictures of all blocks, each line in the color of its depth, which TensorBoard's own charts cannot show: the title,
+# and whether it is of logarithms.
+DEPTH_CHARTS = {
+    "gradient_norm": ("log10 of the gradient norm by block", True),
+    "update_ratio": ("log10 of the update ratio by block", False),
+    "activation_norm": ("log10 of the activation norm by block", True),
+}
 LAYOUT = {
     "1. Does it learn?": {
-        "loss: train, evaluation, and that of word frequencies alone": [
+        "loss: train, eval, word frequencies, ln V": [
             "Multiline",
-            ["^train/loss$", "^eval/loss$", "^train/unigram_entropy$"],
+            ["^train/loss$", "^eval/loss$", "^train/unigram_entropy$", "^train/uniform_loss$"],
         ],
+        "emotion accuracy, and of always one": ["Multiline", ["^eval/emotion_accuracy$", "^eval/largest_emotion$"]],
         "learning rate": ["Multiline", ["^train/learning_rate$"]],
+        "targets that are the next token": ["Multiline", ["^train/label_alignment$"]],
     },
     "2. Do gradients reach every block?": {
         "gradient norm by depth": ["Multiline", [r"^gradient_norm/h\d+$"]],
-        "gradient at the output of each block": ["Multiline", [r"^activation_gradient/h\d+$"]],
-        "activations at the output of each block": ["Multiline", [r"^activation_norm/h\d+$"]],
+        "gradient at each block's output": ["Multiline", [r"^activation_gradient/h\d+$"]],
+        "activation at each block's output": ["Multiline", [r"^activation_norm/h\d+$"]],
+        "share of dead MLP units": ["Multiline", [r"^activation_saturation/h\d+$"]],
+        "largest score of attention": ["Multiline", [r"^attention_logit/h\d+$"]],
+        "entropy of attention": ["Multiline", [r"^attention_entropy/h\d+$"]],
+        "kurtosis of activations": ["Multiline", [r"^kurtosis/h\d+$"]],
     },
     "3. Are the steps of the right size?": {
-        "update ratio by depth (log10), guide at -3": ["Multiline", [r"^update_ratio/(h\d+|guide)$"]],
+        "update ratio (log10), guide at -3": ["Multiline", [r"^update_ratio/(h\d+|guide)$"]],
         "gradient norm before clipping": ["Multiline", ["^train/grad_norm$", "^train/max_grad_norm$"]],
         "share of steps clipped": ["Multiline", ["^train/clipped_share$"]],
-        "targets that are the next token (must be 1)": ["Multiline", ["^train/label_alignment$"]],
-        "steps that were not finite or skipped": ["Multiline", ["^train/(nonfinite_steps|skipped_steps|spikes)$"]],
+        "weight norm": ["Multiline", [r"^weight_norm/h\d+$"]],
+        "distance from the start": ["Multiline", [r"^distance/h\d+$"]],
+        "signal to noise of gradients": ["Multiline", [r"^signal_to_noise/h\d+$"]],
+        "gradient noise": ["Multiline", ["^gradient_noise/(scatter|common)$"]],
+        "steps not finite, skipped, spikes": ["Multiline", ["^train/(nonfinite_steps|skipped_steps|spikes)$"]],
     },
     "4. How fast is it?": {
         "tokens per second": ["Multiline", ["^speed/tokens_per_second$"]],
@@ -124,40 +154,46 @@ LAYOUT = {
     },
 }
 
-GUIDE = f"""
-Open **Custom Scalars** first: its four groups ask four questions in this order. `python -m emoft.gradients RUN_DIR`
-reads the same figures, by the same thresholds, and says in words what is wrong and what follows from what.
-
-| chart | healthy | if not | change |
-| --- | --- | --- | --- |
-| `train/loss`, `eval/loss` | both fall, and end well below `train/unigram_entropy`; the first is at most \
-{FIRST_LOSS} times `train/uniform_loss` | no fall: labels or learning rate | `--learning_rate`, `--template` |
-| | | `eval/loss` rises more than {EVALUATION_RISE:.0%} while `train/loss` falls: it learns the texts by heart | fewer \
-epochs, `--early_stopping_patience` |
-| | | rises above {DIVERGED} times its lowest: it diverges | `--learning_rate`, `--warmup_steps` |
-| `eval/emotion_accuracy`, `IMAGES: confusion` | above `eval/largest_emotion` after {EPOCHS} epochs; a bright diagonal \
-| a row is bright elsewhere: that emotion is taken for another | more examples of it, `--label_contrast 0.2` |
-| `train/label_alignment` | 1 | below {LEAST_ALIGNED}: labels are shifted by none, or twice | the code that shifts \
-them |
-| `data/distinct_texts`, `eval/overlap` | above {DISTINCT_SHARE}; below {OVERLAP} | texts are there again and again; \
-the evaluation is on train's texts | the files, `--drop_duplicates` |
-| `gradient_norm/hNN` | the first block within a factor of {DEPTH_RATIO:.0f} of the last | falls towards h00: \
-vanishing; grows: exploding | `--warmup_steps`, a smaller `--learning_rate` |
-| `IMAGES: gradient_norm_by_block` | colors change slowly from step to step | a row without color: a block that gets \
-no gradient; a bright column: a bad batch | look at the texts of that step |
-| `update_ratio/hNN` | between {UPDATE_TOO_SMALL:g} and {UPDATE_TOO_LARGE:g}: near -3 in fine-tuning, near -2 from \
-random weights | above: too large; below: hardly moves; -12: frozen | `--learning_rate` |
-| `weight_norm/hNN` | grows to less than {WEIGHT_GROWTH} times its first | grows more: the steps are too large; \
-shrinks: weight decay | `--learning_rate`, `--weight_decay` |
-| `train/clipped_share` | any, as long as `train/grad_norm` is below {CLIPPED_NORM:g} times the limit | above, at more \
-than {CLIPPED_SHARE:.0%} of the steps: all steps are equally long | `--max_grad_norm`, `--learning_rate` |
-| `train/nonfinite_steps` | 0 | see `nonfinite` on this page and nonfinite-STEP.json | what the report names |
-| `signal_to_noise/*` | below 3 | above 3: steps are smaller than they could be | `--learning_rate` |
-| `gradient_zeros/*` | near 0, but for `wpe` | grows: values vanish in fp16, or units are dead | \
-`--mixed_precision bf16` |
-| `activation_saturation/hNN` | below {SATURATION} | above: the MLP's units are dead | a smaller `--learning_rate` |
-| `gradient_norm/wte.touched`, `.others` | touched above others | the head sends gradient to every row of the \
-embedding, the texts only to those they hold | |
-
-TensorBoard keeps 1,000 points of a curve; to see all, start it with `--samples_per_plugin scalars=1000000`.
-"""
+# A line for each chart, so that all of it is seen at once: TensorBoard shows 27 lines of 108 characters of a text.
+GUIDE_LINES = (
+    ("chart", "healthy", "if not"),
+    ("train/loss, eval/loss", "fall below unigram_entropy", "no fall: --learning_rate, --template, labels"),
+    ("  the first", f"below {FIRST_LOSS} ln V (uniform_loss)", "weights too large, or of another tokenizer"),
+    ("  later", f"never {DIVERGED} times its lowest", "diverges: --learning_rate, --warmup_steps"),
+    ("  eval/loss", f"within {EVALUATION_RISE:.0%} of its lowest", "learned by heart: fewer epochs"),
+    ("eval/emotion_accuracy", f"above largest_emotion, {EPOCHS} epochs", "--label_contrast 0.2; see IMAGES: confusion"),
+    ("train/label_alignment", f"1 (above {LEAST_ALIGNED})", "labels shifted by none, or twice"),
+    ("data/distinct_texts, overlap", f"above {DISTINCT_SHARE}; below {OVERLAP}", "repeated texts: --drop_duplicates"),
+    ("gradient_norm/hNN", f"first and last within {DEPTH_RATIO:.0f} times", "vanishing or exploding: --warmup_steps"),
+    ("IMAGES: by_depth, by_block", "colors change slowly", "gap: no gradient; bright column: bad batch"),
+    ("activation_saturation/hNN", f"below {SATURATION}", "dead units: a smaller --learning_rate"),
+    (
+        "attention_logit, _entropy",
+        f"below {ATTENTION_LOGIT:.0f}; above {ATTENTION_ENTROPY}",
+        "single tokens seen: c_attn starts too large",
+    ),
+    ("kurtosis/hNN", f"below {KURTOSIS_SHARE} n_embd", "one number holds all: --learning_rate"),
+    (
+        "update_ratio/hNN (log10)",
+        f"{UPDATE_TOO_SMALL:g} to {UPDATE_TOO_LARGE:g}, near -3",
+        "--learning_rate; -12: frozen",
+    ),
+    ("weight_norm/hNN", f"below {WEIGHT_GROWTH} times its first", "steps too large; shrinks: --weight_decay"),
+    ("distance/hNN", f"fine-tuning: below {DISTANCE:g}", "pretraining is lost: --learning_rate"),
+    (
+        "train/grad_norm, clipped",
+        f"below {CLIPPED_NORM:g} times the limit",
+        f"if {CLIPPED_SHARE:.0%} are clipped: --max_grad_norm",
+    ),
+    ("signal_to_noise/hNN", "below 3", "steps smaller than they could be"),
+    ("gradient_noise/*", f"batch below {BATCH_ABOVE_NOISE:.0f} scatter/common", "texts say the same: a smaller batch"),
+    ("gradient_zeros/hNN", "near 0", "fp16 loses values: --mixed_precision bf16"),
+    ("nonfinite_steps, spikes", "0", "see faults; --on_nonfinite, --on_spike skip"),
+)
+GUIDE = "\n".join(
+    [
+        "CUSTOM SCALARS asks four questions in order; `python -m emoft.gradients RUN_DIR` answers them in words.",
+        *(f"{chart:30}{healthy:34}{cure}" for chart, healthy, cure in GUIDE_LINES),
+        "A curve shows 1,000 points at most; all with --samples_per_plugin scalars=1000000.",
+    ]
+)

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tensorboard.plugins.hparams.summary_v2 import HParam, Metric, hparams_config_pb, hparams_pb
 from torch.utils.tensorboard import FileWriter, summary
 
 from emoft.config import TrainConfig
+from emoft.flags import flags_on_resume
 from emoft.gradients.monitor import Histogram
 from emoft.private import restart_marks
 from emoft.tracking.charts import GROUPS, GUIDE, LAYOUT, TAGS
 
+# Flags that make a run what it is: those that a resumed one must keep, and those of its model.
+SHOWN = ("model_name_or_path", "config_overrides", *flags_on_resume(TrainConfig, "fixed", "step_size"))
 DESCRIPTIONS = dict(TAGS.values())
 FINAL = (  # of the HParams table
     "train_loss",
@@ -61,7 +65,7 @@ class EventFile:
             return
         self._add(summary.custom_scalars(LAYOUT))
         if step == 0:
-            self._add(summary.text("guide", GUIDE), 0)
+            self.add_text("guide", GUIDE, 0)
         for part in self._hparams()[:2]:
             self._add(part)
 
@@ -111,13 +115,24 @@ class EventFile:
         self.add_scalars({f"final/{name}": results[name] for name in FINAL if name in results}, step)
         self._add(self._hparams()[2])
 
-    def _hparams(self) -> Any:
-        """Return the run's configuration for the HParams table: the experiment, the session's start and its end.
+    def _hparams(self) -> list[Any]:
+        """Return what the HParams table shows of the run: which columns there are, its line, and the line's end.
 
-        `SummaryWriter.add_hparams` would open a second run.
+        They are the flags that are not as they are by default, the learning rate first: TensorBoard sorts columns by
+        name, which is why that one's has a blank before it. `SummaryWriter.add_hparams` would open a second run.
         """
-        values = {name: str(v) if isinstance(v, list) else v for name, v in asdict(self.config).items()}
-        return summary.hparams(values, dict.fromkeys(f"final/{name}" for name in FINAL))
+        default, given = asdict(TrainConfig()), asdict(self.config)
+        values = {"learning_rate": self.config.learning_rate}
+        values |= {name: given[name] for name in SHOWN if given[name] != default[name]}
+        values = {name: str(value) if isinstance(value, list) else value for name, value in values.items()}
+        shown = {f" {name}" if name == "learning_rate" else name: value for name, value in values.items()}
+        columns = [HParam(name, display_name=name.strip()) for name in shown]
+        metrics = [Metric(f"final/{name}", display_name=name) for name in FINAL]
+        return [
+            hparams_config_pb(columns, metrics),
+            hparams_pb(shown, trial_id=self.folder.resolve().parent.name),
+            summary.hparams({}, {})[2],
+        ]
 
     def _add(self, entry: Any, step: int | None = None) -> None:
         self._write(lambda writer: writer.add_summary(entry, step))

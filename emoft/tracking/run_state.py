@@ -33,8 +33,12 @@ class RunState:
     other_validation_until: int = -1  # evaluations up to this step are of other validation data than those now
     evaluation_due: bool = False  # a signal came before it was finished
     data: dict[str, str] = field(default_factory=dict)  # a checksum of the tokens of each split
+    # As the run began: the norms of the layers of each kind by block, and some weights of each block.
+    layers_at_start: dict[str, dict[int, float]] = field(default_factory=dict)
+    weights_at_start: dict[str, list[float]] = field(default_factory=dict)
     depth_steps: list[int] = field(default_factory=list)  # the steps whose gradients were measured
     depth_norms: list[list[float]] = field(default_factory=list)  # and the norm of each block at them
+    depth_others: dict[str, list[list[float]]] = field(default_factory=dict)  # other figures of each block at them
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
     def since_log(self, name: str) -> float:

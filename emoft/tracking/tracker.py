@@ -25,10 +25,10 @@ from emoft.evaluate.classification import Classification
 from emoft.evaluate.confusion import confusion_map
 from emoft.evaluate.scoring import Evaluation, perplexity
 from emoft.files import EVENTS_FOLDER, TRAINER_STATE_FILE, fault_file, spike_file, write_json
-from emoft.gradients.heat_map import heat_map
 from emoft.gradients.monitor import Figures
+from emoft.gradients.pictures import depth_chart, heat_map
 from emoft.terminal import TrainingBar, say
-from emoft.tracking.charts import GUIDE_LEVEL, TAGS
+from emoft.tracking.charts import DEPTH_CHARTS, GUIDE_LEVEL, TAGS
 from emoft.tracking.events import EventFile
 from emoft.tracking.run_state import SUMS, RunState
 from emoft.tracking.throughput import memory_in_use, training_operations
@@ -140,7 +140,11 @@ class Tracker:
         """Return what brings the counts back to where they stand now, by `return_to`. Reads nothing from the device."""
         run = self.run
         # These grow in place.
-        depth = {"depth_steps": list(run.depth_steps), "depth_norms": list(run.depth_norms)}
+        depth = {
+            "depth_steps": list(run.depth_steps),
+            "depth_norms": list(run.depth_norms),
+            "depth_others": {kind: list(values) for kind, values in run.depth_others.items()},
+        }
         now = replace(run, recent_losses=list(run.recent_losses), **depth)  # type: ignore[arg-type]  # of two kinds
         return Moment(now, self._sums.clone())
 
@@ -201,15 +205,32 @@ class Tracker:
             )
             run.logged = {name: getattr(run, name) for name in (*SUMS, "step")}
 
-    def log_start(self, model: GPT2LMHeadModel, examples_per_step: int, weights: dict[str, float]) -> None:
-        """Show what a run begins with: the shape of the model and of a step, and the norms of its weights by tag."""
+    def log_start(self, model: GPT2LMHeadModel, examples_per_step: int, norms: dict[str, dict[int, float]]) -> None:
+        """Show what a run begins with: the shape of the model and of a step, and the norms of its weights.
+
+        Args:
+            model: as it is.
+            examples_per_step: of all ranks and micro-batches.
+            norms: of `GradientMonitor.weights_at_start`.
+        """
         setting = {
             "examples_per_step": examples_per_step,
             "width": self.shape.n_embd,
             "positions": self.shape.n_positions,
             "dropout": max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0),
         }
-        self.events.add_scalars({TAGS[name][0]: value for name, value in setting.items()} | weights, self.run.step)
+        self.events.add_scalars({TAGS[name][0]: value for name, value in setting.items()}, self.run.step)
+        self.run.layers_at_start = {tag: curve for tag, curve in norms.items() if tag.startswith("weights_at_start/")}
+        for tag, curve in norms.items():
+            if tag not in self.run.layers_at_start:
+                self.events.add_scalars({tag: curve[0]}, 0)
+        self.log_layers_at_start()
+
+    def log_layers_at_start(self) -> None:
+        """Show the norms of the layers of each kind, by block in place of steps; a resumed run hides what it finds."""
+        for tag, curve in self.run.layers_at_start.items():
+            for block, norm in curve.items():
+                self.events.add_scalars({tag: norm}, block)
 
     def log_data(self, train_rows: Dataset) -> None:
         """Show what can be told of the train split without a model: repetitions, and whether its labels fit."""
@@ -248,7 +269,7 @@ class Tracker:
         sizes = classification.confusion.sum(1)  # of each true emotion
         self.events.add_scalars({TAGS["eval_largest_emotion"][0]: sizes.max() / max(1, sizes.sum())}, step)
         self.events.add_image("confusion", confusion_map(classification.labels, classification.confusion), step)
-        self.events.add_text("confusion", classification.table(), step)
+        self.events.add_text("table/confusion", classification.table(), step)
 
     def log_gradients(self, figures: Figures) -> None:
         """Show the measurements of a step, and the heat map of all measured steps."""
@@ -258,15 +279,25 @@ class Tracker:
             self.events.add_histogram(tag, shape, run.step)
         if len(run.depth_steps) == COLUMNS:  # a long run: keep every second column
             run.depth_steps, run.depth_norms = run.depth_steps[1::2], run.depth_norms[1::2]
+            run.depth_others = {kind: values[1::2] for kind, values in run.depth_others.items()}
         run.depth_steps.append(run.step)
         run.depth_norms.append(figures.depth)
+        for kind in DEPTH_CHARTS:
+            if kind != "gradient_norm":
+                values = [figures.scalars.get(f"{kind}/h{n:02}", math.nan) for n in range(len(figures.depth))]
+                run.depth_others.setdefault(kind, []).append(values)
         # Redrawn whenever it has grown by a twentieth: at every step, the pictures would fill the disk.
         if len(run.depth_steps) % max(1, len(run.depth_steps) // 20) == 0:
-            self._draw_heat_map()
+            self._draw_depth()
 
-    def _draw_heat_map(self) -> None:
-        picture = heat_map(self.run.depth_steps, self.run.depth_norms)
-        self.events.add_image("gradient_norm_by_block", picture, self.run.step)
+    def _draw_depth(self) -> None:
+        run = self.run
+        for kind, (title, in_logs) in DEPTH_CHARTS.items():
+            curves = run.depth_norms if kind == "gradient_norm" else run.depth_others.get(kind, [])
+            steps = run.depth_steps[len(run.depth_steps) - len(curves) :]  # an older run kept the first kind only
+            if steps:
+                self.events.add_image(f"by_depth/{kind}", depth_chart(title, steps, curves, in_logs), run.step)
+        self.events.add_image("gradient_norm_by_block", heat_map(run.depth_steps, run.depth_norms), run.step)
 
     def log_samples(self, texts: dict[str, str]) -> None:
         """Show sample texts, by emotion, in the Text tab."""
@@ -285,7 +316,7 @@ class Tracker:
             except OSError as error:
                 self.warn(f"{fault_file(fault.step)} cannot be written ({error.strerror})")
         say("\n".join(lines))
-        self.events.add_text("nonfinite", "\n".join(lines), fault.step)
+        self.events.add_text("faults/nonfinite", "\n".join(lines), fault.step)
         self.events.add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)
 
     def log_spike(self, spike: Spike, line: str, details: dict[str, Any]) -> None:
@@ -296,12 +327,12 @@ class Tracker:
             except OSError as error:
                 self.warn(f"{spike_file(spike.step)} cannot be written ({error.strerror})")
         self.warn(line)
-        self.events.add_text("spikes", line, spike.step)
+        self.events.add_text("faults/spikes", line, spike.step)
 
     def log_results(self, results: dict[str, Any]) -> None:
         """Show the final figures: in the HParams table beside the run's configuration."""
         if self.run.depth_steps:
-            self._draw_heat_map()
+            self._draw_depth()
         self.events.add_results(results, self.run.step)
 
     def _log(self, metrics: dict[str, Any]) -> None:

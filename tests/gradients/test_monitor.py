@@ -25,7 +25,9 @@ from emoft.training.loss import cross_entropy, shift_labels
 from emoft.training.optimizer import build_optimizer, clip_in_next_step
 
 TEXTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 1, 1, 2, 3, 4, 5, 6], [3], [2, 11, 12], [5, 4, 3, 2, 1, 0]]
-SETTINGS = TrainConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.7, log_gradients_every=2)
+SETTINGS = TrainConfig(
+    learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.7, log_gradients_every=2, log_gradients_of="layers"
+)
 
 
 def model_of(seed: int = 0) -> GPT2LMHeadModel:
@@ -216,6 +218,93 @@ def test_activations_are_those_of_the_first_micro_batch() -> None:
         assert figures.scalars[f"activation_saturation/h{number:02}"] == pytest.approx(saturated.double().mean().item())
 
 
+@pytest.mark.parametrize("collate", [pack, pad])
+@pytest.mark.parametrize(("parts", "scale"), [(1, 1.0), (3, 64.0)])
+def test_what_a_block_shows_of_itself(by_hand: ByHand, collate, parts: int, scale: float) -> None:
+    """Attention's scores, fourth powers and the scatter of the texts' gradients, each text by itself."""
+    size = len(TEXTS) // parts
+    rows = [[{"input_ids": text} for text in TEXTS[start : start + size]] for start in range(0, len(TEXTS), size)]
+    figures, _ = measured_step([collate(each, pad_id=0) for each in rows], scale)
+    model = model_before_second_step()
+    model.set_attn_implementation("eager")
+    scores: list[list[torch.Tensor]] = [[], [], []]
+    states: list[list[torch.Tensor]] = [[], [], []]
+    for text in TEXTS[:size]:
+        result = model(input_ids=torch.tensor([text]), output_attentions=True, output_hidden_states=True)
+        for number in range(3):
+            scores[number].append(result.attentions[number][0].detach())  # (H, T, T) after softmax
+        for number in range(2):
+            states[number].append(result.hidden_states[number + 1][0].detach())
+    for number, name in enumerate(("h00", "h01", "h02")):
+        shares = []
+        for chances in scores[number]:
+            for place in range(1, chances.shape[1]):
+                row = chances[:, place, : place + 1]
+                shares += (-(row * row.log()).sum(-1) / math.log(place + 1)).tolist()
+        assert figures.scalars[f"attention_entropy/{name}"] == pytest.approx(np.mean(shares), rel=1e-5)
+    for number in range(2):
+        values = torch.cat(states[number])
+        kurtosis = (values**4).mean() / (values**2).mean() ** 2
+        assert figures.scalars[f"kurtosis/h{number:02}"] == pytest.approx(kurtosis.item(), rel=1e-5)
+
+
+def test_the_largest_score_of_attention(by_hand: ByHand) -> None:
+    figures, _ = measured_step([pack([{"input_ids": text} for text in TEXTS], pad_id=0)], 1.0)
+    model = model_before_second_step()
+    attention, largest = model.transformer.h[1].attn, -math.inf
+
+    def look(module, inputs, output) -> None:
+        nonlocal largest
+        query, key, _ = (part.view(-1, 2, 8).transpose(0, 1) for part in output[0].detach().split(16, dim=-1))
+        scores = query @ key.transpose(1, 2) / 8**0.5
+        largest = max(largest, scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf).max().item())
+
+    attention.c_attn.register_forward_hook(look)
+    for text in TEXTS:
+        model(input_ids=torch.tensor([text]))
+    assert figures.scalars["attention_logit/h01"] == pytest.approx(largest, rel=1e-6)
+
+
+@pytest.mark.parametrize("collate", [pack, pad])
+@pytest.mark.parametrize(("parts", "scale"), [(1, 1.0), (3, 64.0)])
+def test_the_gradient_noise_is_that_of_the_texts_gradients(collate, parts: int, scale: float) -> None:
+    """Each text's gradient of the blocks' matrices by a backward pass of its own."""
+    size = len(TEXTS) // parts
+    rows = [[{"input_ids": text} for text in TEXTS[start : start + size]] for start in range(0, len(TEXTS), size)]
+    figures, _ = measured_step([collate(each, pad_id=0) for each in rows], scale)
+    model = model_before_second_step()
+    matrices = [p for name, p in model.named_parameters() if ".c_" in name and name.endswith("weight")]
+    tokens = sum(len(text) - 1 for text in TEXTS)
+    gradients = []
+    for text in TEXTS:
+        model.zero_grad()
+        if len(text) > 1:
+            (loss_of(model(input_ids=torch.tensor([text])).logits, text) / tokens).backward()
+        gradients.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in matrices]))
+    alike = torch.stack(gradients) * len(TEXTS)  # what the gradient would be if all texts were like one
+    scatter = alike.var(dim=0, unbiased=True).sum().item()
+    assert figures.scalars["gradient_noise/scatter"] == pytest.approx(scatter, rel=1e-4)
+    common = alike.mean(0).square().sum().item() - scatter / len(TEXTS)
+    assert figures.scalars["gradient_noise/common"] == pytest.approx(common, rel=1e-3)
+
+
+def test_the_distance_from_the_start() -> None:
+    """All of a small block's weights are looked at, and the estimate is exact."""
+    model = model_of()
+    use_packed_attention(model)
+    monitor = GradientMonitor(model, build_optimizer(model, SETTINGS), SETTINGS, World())
+    monitor.weights_at_start()
+    began = torch.cat([p.detach().flatten() for p in model.transformer.h[1].parameters()])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    now = torch.cat([p.detach().flatten() for p in model.transformer.h[1].parameters()])
+    sample, start = monitor._sample("h01"), torch.tensor(monitor.start["h01"])
+    assert ((sample - start).norm() / start.norm()).item() == pytest.approx(
+        ((now - began).norm() / began.norm()).item(), rel=1e-5
+    )
+
+
 def model_before_second_step() -> GPT2LMHeadModel:
     by_hand = ByHand()
     model = copy.deepcopy(by_hand.model)
@@ -260,7 +349,7 @@ def test_steps_that_are_not_measured_leave_no_hook() -> None:
             hooks[number] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
             # Refused here: its gradients are never measured.
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert hooks == {1: 0, 2: 0, 3: 6, 4: 0}
+    assert hooks == {1: 0, 2: 0, 3: 1 + 3 * (3 + 4), 4: 0}, "of each of three blocks three, and one of each matrix"
 
 
 class TestThroughTheScript:
@@ -279,6 +368,7 @@ class TestThroughTheScript:
             save_steps=1,
             save_total_limit=0,
             log_gradients_every=1,
+            log_gradients_of="layers",
             gradient_accumulation_steps=2,
             per_device_train_batch_size=2,
             warmup_steps=2,
@@ -313,7 +403,7 @@ class TestThroughTheScript:
         assert all(torch.equal(ours[name], plain[name]) for name in plain)
         assert not any(tag.startswith("update_ratio") for tag in read_scalars(tmp_path / "run"))
 
-    def test_fewer_than_600_tags_for_twelve_blocks(self, scripts, tmp_path, train_file) -> None:
+    def test_fewer_than_250_tags_for_twelve_blocks(self, scripts, tmp_path, train_file) -> None:
         words = flags(
             "",
             train_file,
@@ -329,6 +419,10 @@ class TestThroughTheScript:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         kinds = EventAccumulator(str(tmp_path / "run" / "runs")).Reload().Tags()
-        tags = [tag for names in kinds.values() if isinstance(names, list) for tag in names]
-        assert 300 < len(tags) < 600
-        assert len([tag for tag in tags if tag.startswith("gradient_norm/h11")]) == 6
+        assert 150 < len(kinds["scalars"]) < 250, len(kinds["scalars"])
+        assert [tag for tag in kinds["scalars"] if tag.startswith("gradient_norm/h11")] == ["gradient_norm/h11"]
+        assert len(kinds["histograms"]) == 2 * 13
+        layers = scripts("train.py", *words, "--log_gradients_of=layers", "--output_dir=layers", cwd=tmp_path)
+        assert layers.code == 0
+        kinds = EventAccumulator(str(tmp_path / "layers" / "runs")).Reload().Tags()
+        assert len([tag for tag in kinds["scalars"] if tag.startswith("gradient_norm/h11")]) == 6

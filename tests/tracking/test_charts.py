@@ -1,32 +1,35 @@
 """The heat map, and what a real TensorBoard shows of a real run in a real browser."""
 
+import html
+import io
 import json
 import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 import screenshots
 from conftest import WarmScripts
-from PIL import ImageFont
+from PIL import Image, ImageFont
 from test_train import flags
 
-from emoft.colors import VIRIDIS
+from emoft.colors import VIRIDIS, colors
 from emoft.evaluate.confusion import confusion_map
-from emoft.gradients.heat_map import heat_map
-from emoft.tracking.charts import GROUPS, LAYOUT, TAGS
+from emoft.gradients.pictures import LEFT, TOP, WIDTH, _spread, depth_chart, heat_map
+from emoft.tracking.charts import DEPTH_CHARTS, GROUPS, GUIDE, LAYOUT, TAGS
 
 
 def test_the_heat_map_shows_the_norm_of_each_block_at_each_step() -> None:
     picture = heat_map([10, 20, 30, 40], [[1e-3, 1.0], [1e-2, 1.0], [1.0, float("nan")], [1.0, 0.0]])
     assert picture.dtype == np.uint8
-    left, top, width, height = 70, 44, 180, 180  # of the cells: 720 / 4 wide, 360 / 2 high
+    width, height = (WIDTH - LEFT - 52) / 4, 180 / 2  # of the cells
 
     def color(block: int, column: int) -> tuple[int, ...]:
-        y = top + (1 - block) * height + height // 2  # the first block is the lowest
-        return tuple(picture[y, left + column * width + width // 2])
+        y = TOP + (1 - block) * height + height / 2  # the first block is the lowest
+        return tuple(picture[int(y), int(LEFT + column * width + width / 2)])
 
     assert color(0, 0) == VIRIDIS[0]
     assert color(0, 2) == color(0, 3) == color(1, 0) == VIRIDIS[-1]
@@ -35,22 +38,49 @@ def test_the_heat_map_shows_the_norm_of_each_block_at_each_step() -> None:
 
 
 @pytest.mark.parametrize(("blocks", "steps"), [(1, 1), (12, 1), (48, 512), (2, 900)])
-def test_the_heat_map_of_any_size(blocks: int, steps: int) -> None:
-    picture = heat_map(list(range(1, steps + 1)), [[1.0] * blocks for _ in range(steps)])
-    assert picture.ndim == 3
-    assert picture.shape[1] <= 1100
-    assert picture.shape[0] <= 700
+def test_pictures_of_any_size(blocks: int, steps: int) -> None:
+    values = [[1.0] * blocks for _ in range(steps)]
+    for picture in (heat_map([*range(steps)], values), depth_chart("a title", [*range(steps)], values, True)):
+        assert picture.shape[1:] == (WIDTH, 3), "as wide as TensorBoard shows it"
+        assert picture.shape[0] <= 700
+
+
+def test_the_lines_of_blocks_have_the_colors_of_their_depth() -> None:
+    """The first block is told from the last at a glance, and its name stands beside its line's end in its color."""
+    steps, blocks = 40, 12
+    values = [[10.0 ** (block - 6) for block in range(blocks)]] * steps
+    picture = depth_chart("gradient norm", [*range(steps)], values, True)
+    shades = colors(0.92 * np.linspace(0, 1, blocks))
+    middle = picture[:, LEFT + 100]
+    places = [int(np.flatnonzero((middle == shade).all(-1)).mean()) for shade in shades]
+    assert places == sorted(places, reverse=True), "the first is the lowest here"
+    assert np.abs(shades[0].astype(int) - shades[-1]).sum() > 250
+    beside = picture[:, -30:].reshape(-1, 3)
+    for shade in shades:
+        assert np.abs(beside.astype(int) - shade).sum(-1).min() < 60, "its name, but for smoothed edges"
+
+
+def test_what_is_not_finite_leaves_a_gap() -> None:
+    values = [[1.0, float("nan")], [2.0, float("inf")], [3.0, 0.0]]
+    assert depth_chart("x", [1, 2, 3], values, True).shape == depth_chart("x", [1], [[float("nan")] * 2], False).shape
+
+
+def test_names_beside_lines_do_not_cover_each_other() -> None:
+    spread = _spread([(50.0 + n / 10, n) for n in range(12)], 11, 24, 214)
+    heights = [y for y, _ in spread]
+    assert all(b - a >= 11 for a, b in zip(heights, heights[1:], strict=False)) and heights[-1] <= 214
+    assert len(_spread([(float(n), n) for n in range(48)], 11, 24, 214)) <= 18
 
 
 def test_the_confusion_matrix_is_colored_by_the_share_of_the_true_label() -> None:
     counts = np.array([[8, 0, 0], [5, 5, 0], [0, 0, 0]])
     picture = confusion_map(["joy", "fear", "surprise"], counts)
-    assert picture.dtype == np.uint8
-    cell = 84 if picture.shape[0] == 84 + 3 * 84 + 16 else (picture.shape[0] - 100) // 3
-    left = round(ImageFont.load_default(20).getlength("surprise")) + 24
+    assert picture.dtype == np.uint8 and picture.shape[1] == WIDTH
+    left = round(ImageFont.load_default(11).getlength("surprise")) + 12
+    cell = (WIDTH - left - 2) // 3
 
     def color(row: int, column: int) -> tuple[int, ...]:
-        return tuple(picture[84 + row * cell + 4, left + column * cell + 4])  # a corner, beside the count
+        return tuple(picture[42 + row * cell + 4, left + column * cell + 4])  # a corner, beside the count
 
     assert color(0, 0) == VIRIDIS[-1]
     assert color(1, 0) == color(1, 1) == VIRIDIS[4]
@@ -60,7 +90,7 @@ def test_the_confusion_matrix_is_colored_by_the_share_of_the_true_label() -> Non
 @pytest.mark.parametrize("labels", [["a", "b"], ["x" * 30] * 20, ["ភ័យ", "joy"], [str(n) for n in range(400)]])
 def test_the_confusion_matrix_of_any_labels(labels: list[str]) -> None:
     picture = confusion_map(labels, np.eye(len(labels), dtype=int))
-    assert 550 < picture.shape[1] < 3000, "the title fits, and so does the picture on a screen"
+    assert WIDTH <= picture.shape[1] < 3000, "the title fits, and so does the picture on a screen"
     assert picture.shape[0] < 2700
 
 
@@ -130,9 +160,15 @@ class TestInTensorBoard:
         assert [each["step"] for each in samples] == [6, 12, 12], "every six steps, and of the final model"
         assert "joy:" in samples[0]["text"]
         (guide,) = self.get(f"{address}/data/plugin/text/text?run=a%2Fruns&tag=guide%2Ftext_summary")
-        assert "<table>" in guide["text"]
+        lines = GUIDE.splitlines()
+        assert len(lines) <= 25 and max(map(len, lines)) <= 108, "seen at once, without scrolling"
+        assert all(line.strip() in html.unescape(guide["text"]) for line in lines)
         images = self.get(f"{address}/data/plugin/images/tags")["a/runs"]
-        assert set(images) == {"gradient_norm_by_block", "confusion"}
+        assert set(images) == {"gradient_norm_by_block", "confusion", *(f"by_depth/{kind}" for kind in DEPTH_CHARTS)}
+        for tag in images:
+            (*_, last) = self.get(f"{address}/data/plugin/images/images?run=a%2Fruns&sample=0&tag={quote(tag, '')}")
+            picture = urllib.request.urlopen(f"{address}/data/plugin/images/individualImage?{last['query']}").read()
+            assert Image.open(io.BytesIO(picture)).width == 350, f"{tag} is as wide as it is shown, and so sharp"
         histograms = self.get(f"{address}/data/plugin/histograms/tags")["a/runs"]
         assert {f"{kind}/{name}" for kind in ("weights", "gradients") for name in ("h00", "h01", "wte")} == set(
             histograms
@@ -151,7 +187,7 @@ class TestInTensorBoard:
             )
             assert len(points) >= 3, "each chart has lines with points"
             driver.get(f"{address}/?#hparams")
-            for text in ("learning_rate", "final/eval_loss", "a/runs", "b/runs"):
+            for text in ("learning_rate", "eval_loss", "a", "b"):
                 screenshots.wait_for(driver, screenshots.PAGE_TEXT, "", lambda page, text=text: text in str(page))
             driver.get(f"{address}/?again#images")
             screenshots.wait_for(driver, screenshots.COUNT, "img", lambda count: count >= 1)
