@@ -223,7 +223,7 @@ FAULTS = [
             "    calls[0] += module.training",
             "    if calls[0] > 60:",
             "        output = output.clone()",
-            "        output[..., 3] += 1000.0",
+            "        output[..., 3] += 200.0",
             "    return output",
             "model.transformer.h[2].mlp.register_forward_hook(grow)",
         ),

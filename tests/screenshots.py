@@ -29,8 +29,8 @@ def missing() -> str:
 
 
 @contextlib.contextmanager
-def tensorboard(log_dir: Path, *flags: str) -> Iterator[str]:
-    """Serve a folder; gives the address once the server has read it."""
+def tensorboard(log_dir: Path, *flags: str, name: str = "") -> Iterator[str]:
+    """Serve a folder, or one run under a name; gives the address once the server has read it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -39,8 +39,7 @@ def tensorboard(log_dir: Path, *flags: str) -> Iterator[str]:
             sys.executable,
             "-m",
             "tensorboard.main",
-            "--logdir",
-            log_dir.name,
+            *(["--logdir_spec", f"{name}:{log_dir.name}"] if name else ["--logdir", log_dir.name]),
             "--port",
             str(port),
             "--host",
@@ -142,15 +141,14 @@ def wait_for(driver: WebDriver, script: str, argument: str, holds: "object", sec
 
 
 def main(run_dir: Path, folder: Path) -> None:
-    with tensorboard(run_dir / "runs") as address, browser(1400, 1290) as driver:
+    with tensorboard(run_dir / "runs", name=run_dir.name) as address, browser(1900, 2560) as driver:
         driver.get(f"{address}/#custom_scalars")
         wait_for(driver, COUNT, "vz-line-chart2", lambda count: count >= 8)
         time.sleep(5)  # the lines are drawn bit by bit
         driver.save_screenshot(str(folder / "custom_scalars.png"))
-        driver.set_window_size(1400, 850)
+        driver.set_window_size(1400, 900)
         driver.get(f"{address}/?#images")
         wait_for(driver, COUNT, "img", lambda count: count >= 1)
-        driver.execute_script(CLICK, "Show actual image size")
         time.sleep(3)
         driver.save_screenshot(str(folder / "heat_map.png"))
 

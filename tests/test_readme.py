@@ -26,7 +26,7 @@ def test_every_flag_it_names_exists(page: Path) -> None:
     configs = (TrainConfig, GenerateConfig, EvaluateConfig, BenchmarkConfig, GradientsConfig)
     known = {"config", "help"}.union(*(config.__dataclass_fields__ for config in configs))
     known |= {f"no_{name}" for name in known}
-    others = {"logdir", "samples_per_plugin"}  # of tensorboard
+    others = {"logdir", "logdir_spec", "samples_per_plugin"}  # of tensorboard
     others |= {"standalone", "nnodes", "nproc_per_node", "max_restarts", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
     others |= {"shutdown_timeout"}
     others |= {"tuning"}  # of tests/faults.py

@@ -86,8 +86,11 @@ def matrix_sizes(record: Record) -> dict[str, float]:
     """
     blocks = record.measured_blocks()
     width = record.values("model/width", unit=AT_START)[0]
-    norms = {f"{name}.{kind}": start_norm(record, f"{name}.{kind}") for name in blocks for kind in ENTRIES}
-    return {place: norm / (width * ENTRIES[place[4:]] ** 0.5) for place, norm in norms.items() if norm is not None}
+    places = [f"{name}.{kind}" for name in blocks for kind in ENTRIES]
+    norms = {place: norm for place in places if (norm := start_norm(record, place)) is not None}
+    if not norms:
+        raise CannotCheckError("the weights that the run began with were not measured: --log_gradients_every")
+    return {place: norm / (width * ENTRIES[place[4:]] ** 0.5) for place, norm in norms.items()}
 
 
 def start_norm(record: Record, place: str) -> float | None:

@@ -26,8 +26,8 @@ LAYER_RATIO = 10.0  # between the weight norms of a layer and of the same layer 
 DEPTH_RATIO = 100.0  # between the gradient norms of the first block and the last
 SATURATION = 0.9  # of an MLP's units whose GELU is all but shut
 
-ATTENTION_LOGIT = 60.0  # a score of attention beyond which softmax passes next to no gradient
-ATTENTION_ENTROPY = 0.05  # of what is possible: attention looks at single tokens
+ATTENTION_LOGIT = 400.0  # a score of attention far beyond where softmax passes any gradient; the demo comes to 170
+ATTENTION_ENTROPY = 0.02  # of what is possible, below which attention looks at single tokens; both must be so
 KURTOSIS_SHARE = 0.6  # of n_embd, which it is where a single number holds a whole activation
 KURTOSIS_RISE = 5.0  # times the first measurement: a pretrained model comes with numbers that stand out
 

@@ -169,7 +169,7 @@ GUIDE_LINES = (
     ("activation_saturation/hNN", f"below {SATURATION}", "dead units: a smaller --learning_rate"),
     (
         "attention_logit, _entropy",
-        f"below {ATTENTION_LOGIT:.0f}; above {ATTENTION_ENTROPY}",
+        f"below {ATTENTION_LOGIT:.0f}, or above {ATTENTION_ENTROPY}",
         "single tokens seen: c_attn starts too large",
     ),
     ("kurtosis/hNN", f"below {KURTOSIS_SHARE} n_embd", "one number holds all: --learning_rate"),

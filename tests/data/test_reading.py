@@ -104,9 +104,9 @@ def test_the_first_so_many_samples(tmp_path: Path) -> None:
 
 def test_hostile_files_are_trained_on_or_refused_in_a_line(scripts, tmp_path) -> None:
     """The short form of fuzz.py, which does a thousand."""
-    outcomes = fuzz.main(24, scripts, tmp_path)
-    assert sum(outcomes.values()) == 24
-    assert sum(count for name, count in outcomes.items() if "the right texts" in name) > 5
+    outcomes = fuzz.main(16, scripts, tmp_path)
+    assert sum(outcomes.values()) == 16
+    assert sum(count for name, count in outcomes.items() if "the right texts" in name) > 3
 
 
 @pytest.mark.parametrize(
