@@ -339,7 +339,6 @@ class GradientsConfig:
         {
             "python -m emoft.gradients emoft-demo": "the run of python train.py --config demo",
             "python -m emoft.gradients emoft-demo --step 60": "the texts of its step 60, the hardest one first",
-            "python -m emoft.gradients emoft-demo again": "where two runs part, and whether by rounding",
             "python -m emoft.gradients --leak emoft-demo": "whether a token sees a later one, or a text its neighbour",
         },
     )

@@ -89,7 +89,6 @@ class Run:
             runtime.device,
             runtime.world,
         )
-        self.state.data = training_state.checksums
         self.saver = Saver(config, runtime.world, self.output_dir, text_model, self.tracker, training_state)
         self.is_done = run_state.step >= loader.total_steps  # a resumed run may have only its end to write
         self.has_stopped_early = False
@@ -148,7 +147,8 @@ class Run:
         if self.state.step == 0:
             norms = self.monitor.weights_at_start()
             self.state.weights_at_start = self.monitor.start
-            self.tracker.log_start(self.text_model.model, self.loader.examples_per_step, norms)
+            checksums = self.training_state.checksums
+            self.tracker.log_start(self.text_model.model, self.loader.examples_per_step, norms, checksums)
         else:
             self.monitor.start = self.state.weights_at_start
             self.tracker.log_layers_at_start()

@@ -76,7 +76,6 @@ def _writable(stream: Any, number: int, is_optional: bool) -> Any:
             return stream
         with contextlib.suppress(OSError):
             stream.flush()
-        stream.detach()  # its buffer, which would close the descriptor
     raw = _Raw(number, "w", closefd=False)
     raw.is_optional = is_optional
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="replace", line_buffering=True)

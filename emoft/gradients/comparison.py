@@ -14,7 +14,7 @@ from emoft.gradients.record import Record, read_record
 ROUNDING = {"no": 2e-5, "bf16": 2e-2, "fp16": 5e-3}
 OF_THE_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # flags that compute nothing
 # What is not of the mathematics: how fast it was, and what is told of the end.
-NOT_COMPARED = ("speed/", "final/", "update_ratio/guide", "train/share_of_peak")
+NOT_COMPARED = ("speed/", "final/", "data/", "update_ratio/guide", "train/share_of_peak")
 # In the order of a step: what comes first explains what comes after.
 ORDER = ("activation_norm", "train/loss", "activation_gradient", "gradient_norm", "train/grad_norm", "update_ratio")
 

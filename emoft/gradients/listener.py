@@ -118,9 +118,9 @@ class Listener:
         norm over the tokens of one text is the sum over pairs of them of (x_s . x_t) (d_s . d_t): the matrix itself,
         which is far larger, is never made.
         """
-        if not output.requires_grad:
-            return
         number = self._micro_batch
+        if not output.requires_grad or not self.batches[number].examples:  # a rank may have none
+            return
         values = inputs[0].detach()
 
         def look(gradient: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from emoft.errors import UserError
-from emoft.files import CONFIG_FILE, TRAINER_STATE_FILE
+from emoft.files import CONFIG_FILE
 from emoft.gradients.curves import Curve, read_curves
 
 
@@ -28,7 +28,12 @@ class Record:
     faults: list[dict[str, Any]] = field(default_factory=list)  # nonfinite-STEP.json, in the order of the steps
 
     spikes: list[dict[str, Any]] = field(default_factory=list)  # spike-STEP.json, likewise
-    data: dict[str, str] = field(default_factory=dict)  # a checksum of the tokens of each split
+
+    @property
+    def data(self) -> dict[str, float]:
+        """A checksum of the tokens of each split, as far as the run tells."""
+        found = {split: self.curves.get(f"data/{split}_checksum", {}) for split in ("train", "validation")}
+        return {split: curve[min(curve)] for split, curve in found.items() if curve}
 
     @property
     def blocks(self) -> list[str]:
@@ -77,17 +82,7 @@ def read_record(run_dir: Path) -> Record:
     """
     curves = read_curves(run_dir)
     flags = _read(run_dir / CONFIG_FILE, yaml.safe_load)
-    return Record(
-        curves, flags, _reports(run_dir, "nonfinite-*.json"), _reports(run_dir, "spike-*.json"), _data(run_dir)
-    )
-
-
-def _data(run_dir: Path) -> dict[str, str]:
-    """Return the checksums of a run's splits, from its log or that of a checkpoint; none if they do not tell."""
-    for path in [run_dir / TRAINER_STATE_FILE, *run_dir.glob(f"checkpoint-*/{TRAINER_STATE_FILE}")]:
-        if isinstance(found := _read(path, json.loads).get("data"), dict):
-            return {str(split): str(digest) for split, digest in found.items()}
-    return {}
+    return Record(curves, flags, _reports(run_dir, "nonfinite-*.json"), _reports(run_dir, "spike-*.json"))
 
 
 def _reports(run_dir: Path, pattern: str) -> list[dict[str, Any]]:

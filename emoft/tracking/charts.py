@@ -56,6 +56,8 @@ TAGS = {
     ),
     "largest_emotion": ("data/largest_emotion", "Share of these texts that have the most frequent emotion."),
     "emotions_asked": ("data/emotions_asked", "Number of these texts."),
+    "train_checksum": ("data/train_checksum", "24 bits that tell the tokens of train from others."),
+    "validation_checksum": ("data/validation_checksum", "Likewise, of the validation split."),
     "examples_per_step": ("train/examples_per_step", "Examples of an optimization step, over all ranks."),
     "dropout": ("model/dropout", "The highest dropout probability in the model."),
     "width": ("model/width", "Numbers in a token's vector (n_embd)."),

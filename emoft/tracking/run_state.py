@@ -32,7 +32,6 @@ class RunState:
     evaluations_since_best: int = 0
     other_validation_until: int = -1  # evaluations up to this step are of other validation data than those now
     evaluation_due: bool = False  # a signal came before it was finished
-    data: dict[str, str] = field(default_factory=dict)  # a checksum of the tokens of each split
     # As the run began: the norms of the layers of each kind by block, and some weights of each block.
     layers_at_start: dict[str, dict[int, float]] = field(default_factory=dict)
     weights_at_start: dict[str, list[float]] = field(default_factory=dict)

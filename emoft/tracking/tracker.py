@@ -205,13 +205,20 @@ class Tracker:
             )
             run.logged = {name: getattr(run, name) for name in (*SUMS, "step")}
 
-    def log_start(self, model: GPT2LMHeadModel, examples_per_step: int, norms: dict[str, dict[int, float]]) -> None:
+    def log_start(
+        self,
+        model: GPT2LMHeadModel,
+        examples_per_step: int,
+        norms: dict[str, dict[int, float]],
+        checksums: dict[str, str],
+    ) -> None:
         """Show what a run begins with: the shape of the model and of a step, and the norms of its weights.
 
         Args:
             model: as it is.
             examples_per_step: of all ranks and micro-batches.
             norms: of `GradientMonitor.weights_at_start`.
+            checksums: of the tokens of each split, in hexadecimal digits.
         """
         setting = {
             "examples_per_step": examples_per_step,
@@ -219,6 +226,9 @@ class Tracker:
             "positions": self.shape.n_positions,
             "dropout": max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0),
         }
+        for split in ("train", "validation"):
+            if split in checksums:
+                setting[f"{split}_checksum"] = int(checksums[split][:6], 16)  # of a curve's point 24 bits are exact
         self.events.add_scalars({TAGS[name][0]: value for name, value in setting.items()}, self.run.step)
         self.run.layers_at_start = {tag: curve for tag, curve in norms.items() if tag.startswith("weights_at_start/")}
         for tag, curve in norms.items():
@@ -365,7 +375,6 @@ class Tracker:
                 "logging_steps": config.logging_steps,
                 "eval_steps": config.eval_steps or self.steps_per_epoch,
                 "save_steps": config.save_steps,
-                "data": run.data,
                 "log_history": run.log_history,
             },
         )

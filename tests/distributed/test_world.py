@@ -146,7 +146,7 @@ def test_several_ranks_follow_one(
         for tag in theirs
         if tag.split("/")[0] in ("gradient_norm", "weight_norm") or tag.startswith("activation") and accumulation == 1
     ]
-    assert len(measured) > 30
+    assert len(measured) > 10
     for tag in measured:
         assert ours[tag] == pytest.approx(theirs[tag], rel=1e-4, abs=1e-7), tag
 
