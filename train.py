@@ -57,8 +57,9 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
         print(found)
     texts = (text_format.fill(**row) for row in splits["train"])
     if checkpoint:
-        config = dataclasses.replace(config, model_name_or_path=str(checkpoint), model_revision="main")
-        config = dataclasses.replace(config, tokenizer_name="", config_overrides="")
+        config = dataclasses.replace(
+            config, model_name_or_path=str(checkpoint), model_revision="main", config_overrides="", tokenizer_name=""
+        )
     model, tokenizer = load_model_and_tokenizer(config, texts)
     check_room(tokenizer, text_format)
     tokenized = {name: tokenize(rows, tokenizer, text_format, name) for name, rows in splits.items()}
@@ -79,7 +80,7 @@ def train(
         load: gives the model and the data; the benchmark draws both.
 
     Returns:
-        The exit code: 0, or 130 or 143 if a signal stopped the run after saving.
+        The exit code: 0, or 129, 130 or 143 if a signal stopped the run after saving.
 
     Raises:
         UserError: something the user can mend; before the first step wherever possible.

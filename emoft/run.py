@@ -96,7 +96,7 @@ class Run:
         self.saved = training_state.restored_from  # the latest checkpoint
         self._refused: tuple[Tensor, Tensor] | None = None  # loss and gradient norm of a step that was not applied
         self._leaves_out = False  # the step, since its loss stands out
-        self.spike_watch = SpikeWatch(run_state.recent_losses)
+        self.spike_watch = SpikeWatch(run_state)
         self._spikes: list[tuple[Step, Spike]] = []  # that nobody has been told of
         self._can_measure = config.parallel != "fsdp" or not runtime.world.launched  # a text by itself
         # Counts and schedule before each step since somebody last looked whether all were sound; see `NonFiniteGuard`.
@@ -177,6 +177,7 @@ class Run:
         stands out is left out by --on_spike skip; see `SpikeWatch`.
         """
         self.signals.poll()
+        self._leaves_out = False
         skips = self.config.on_spike == "skip"
         # Whatever is told or kept of a step must be known to be sound: then the device is waited for.
         looks = self._logs(step) or self._evaluates(step) or self._saves(step) or self.signals.received is not None
@@ -255,7 +256,7 @@ class Run:
             # No weight has changed since then: what was counted of the steps after it comes from steps not applied.
             moment, schedule = self._moments[bad_step.number]
             self.tracker.return_to(moment)
-            self.spike_watch = SpikeWatch(self.state.recent_losses)
+            self.spike_watch.forget()
             self.training_state.return_to(schedule)
             self._moments.clear()
         self._tell(fault, bad_step)

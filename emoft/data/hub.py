@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils.tqdm import tqdm
 
 from emoft import private
@@ -106,9 +106,9 @@ def ask(name: str, what: str, flag: str, revision: str) -> str:
         if status in DENIED:
             raise not_found(name, what, flag, error) from None
         reason = f"it answers with status {status}"
-    except ValueError as error:
-        if "JSON" not in f"{type(error).__name__} {error}" and "Expecting value" not in str(error):
-            raise not_found(name, what, flag, error) from None  # a name that no repository can have
+    except HFValidationError as error:  # a name that no repository can have
+        raise not_found(name, what, flag, error) from None
+    except ValueError:  # it is no JSON
         reason = "what answers there is not the Hub, perhaps the sign-in page of a network"
     except Exception as error:  # whatever the network does, the answer is the same: out of reach
         reason = f"{error}" or type(error).__name__

@@ -31,8 +31,14 @@ class Listener:
         # Of each text of this rank, the squared norm of its part of the gradient of the blocks' matrices. Texts are
         # not told apart where others stand beside them that are to be told from them.
         self.squares: list[Tensor] = [] if any(batch.rivals for batch in batches) else [torch.zeros(0)] * len(batches)
-        self._owners = [batch.owners().to(model.device) for batch in batches]
-        self._is_token = self._owners[0] >= 0
+        owners = [batch.owners() for batch in batches]
+        self._is_token = (owners[0] >= 0).to(model.device)
+        # Of each text of each micro-batch, its places in the flattened rows: found here, on the CPU, since a GPU would
+        # be waited for at each layer.
+        self._places = [
+            [(each.flatten() == text).nonzero().flatten().to(model.device) for text in range(batch.examples)]
+            for each, batch in zip(owners, batches, strict=True)
+        ]
         self._micro_batch = -1
         self._hooks: list[RemovableHandle] = [model.transformer.register_forward_pre_hook(self._begin_micro_batch)]
         for number, name in enumerate(blocks):
@@ -91,10 +97,10 @@ class Listener:
         def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if not self._is_first(f"attention_entropy/{name}"):
                 return
-            owners, values = self._owners[0], output.detach().float()
+            values = output.detach().float().flatten(0, -2)
             largest, entropies = values.new_tensor(-math.inf), []
-            for text in range(self.batches[0].examples):
-                rows = values[owners == text]  # (T, 3 C)
+            for places in self._places[0]:
+                rows = values[places]  # (T, 3 C)
                 query, key = (part.view(len(rows), heads, width).transpose(0, 1) for part in rows.chunk(3, -1)[:2])
                 scores = query @ key.transpose(1, 2) * scaling  # (H, T, T)
                 hidden = torch.ones(len(rows), len(rows), dtype=torch.bool, device=rows.device).triu(1)
@@ -121,12 +127,12 @@ class Listener:
         number = self._micro_batch
         if not output.requires_grad or not self.batches[number].examples:  # a rank may have none
             return
-        values = inputs[0].detach()
+        values = inputs[0].detach().flatten(0, -2)
 
         def look(gradient: Tensor) -> None:
-            owners, squares = self._owners[number], []
-            for text in range(self.batches[number].examples):
-                x, d = values[owners == text].float(), gradient[owners == text].float() / self.loss_scale
+            gradients, squares = gradient.flatten(0, -2), []
+            for places in self._places[number]:
+                x, d = values[places].float(), gradients[places].float() / self.loss_scale
                 squares.append(((x @ x.T) * (d @ d.T)).sum(dtype=torch.float64))
             found = torch.stack(squares)
             known = self.squares[number]

@@ -18,6 +18,7 @@ class RunState:
     nonfinite_in_row: int = 0  # of these, the latest ones without another step between
     last_nonfinite_step: int = 0
     spikes: int = 0  # steps whose loss stood out
+    spikes_in_row: int = 0  # of these, the latest ones without another step between
     recent_losses: list[float] = field(default_factory=list)  # that did not: see `training.spikes`
     clipped_steps: int = 0
     train_seconds: float = 0.0  # without evaluating, saving and sampling

@@ -2,10 +2,14 @@
 
 import statistics
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, stack
 
 from emoft.data.steps import Step
+
+if TYPE_CHECKING:
+    from emoft.tracking.run_state import RunState
 
 WINDOW = 100  # losses of steps before one that tell whether it stands out
 LEAST = 30  # of them, below which nothing is said
@@ -29,14 +33,18 @@ class Spike:
 class SpikeWatch:
     """Compares each step's loss with those before. On a GPU nobody waits for a loss: it is looked at with others."""
 
-    def __init__(self, recent: list[float]) -> None:
-        """Go on from the losses before.
+    def __init__(self, state: "RunState") -> None:
+        """Go on from the losses before, which a checkpoint holds, so that a resumed run judges as the whole one does.
 
         Args:
-            recent: losses of applied steps that did not stand out, the latest last; grows in place, up to WINDOW.
+            state: of the run; its `recent_losses` and `spikes_in_row` are read and kept up to date.
         """
-        self.recent, self.in_a_row = recent, 0
+        self.state = state
         self._waiting: list[tuple[Step, Tensor]] = []
+
+    def forget(self) -> None:
+        """Look at none of the losses that were noted since the last look: their steps were not applied."""
+        self._waiting.clear()
 
     def note(self, step: Step, loss: Tensor) -> None:
         """Remember the loss of a step, on its device."""
@@ -52,19 +60,20 @@ class SpikeWatch:
         return [(step, spike) for step, spike in judged if spike]
 
     def _judge(self, step: Step, loss: float) -> Spike | None:
-        if len(self.recent) >= LEAST:
-            median = statistics.median(self.recent)
+        state, recent = self.state, self.state.recent_losses
+        if len(recent) >= LEAST:
+            median = statistics.median(recent)
             # 1.4826 makes it the standard deviation where values are distributed normally.
-            deviation = 1.4826 * statistics.median(abs(value - median) for value in self.recent)
+            deviation = 1.4826 * statistics.median(abs(value - median) for value in recent)
             threshold = median + max(DEVIATIONS * deviation, RISE * median)
-            self.in_a_row = self.in_a_row + 1 if loss > threshold else 0
-            if 0 < self.in_a_row <= MOST_IN_A_ROW:
+            state.spikes_in_row = state.spikes_in_row + 1 if loss > threshold else 0
+            if 0 < state.spikes_in_row <= MOST_IN_A_ROW:
                 return Spike(step.number, loss, median, deviation, threshold)
-            if self.in_a_row:
-                self.recent.clear()
-                self.in_a_row = 0
-        self.recent.append(loss)
-        del self.recent[:-WINDOW]
+            if state.spikes_in_row:
+                recent.clear()
+                state.spikes_in_row = 0
+        recent.append(loss)
+        del recent[:-WINDOW]
         return None
 
 

@@ -1,14 +1,16 @@
 """A finite loss that stands out: found, told with its row, and left out if asked."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, WarmScripts, read_scalars
+from conftest import ROOT, SENTENCES, WarmScripts, read_scalars
 from safetensors.torch import load_file
 
 from emoft.data.steps import Step
+from emoft.tracking.run_state import RunState
 from emoft.training.spikes import LEAST, MOST_IN_A_ROW, WINDOW, SpikeWatch
 
 ROW = 333  # of the text that is unlike the others
@@ -25,28 +27,39 @@ class TestSpikeWatch:
     usual = [5.0, 5.1, 4.9, 5.05, 4.95] * 8
 
     def test_finds_what_stands_out_and_nothing_else(self) -> None:
-        recent: list[float] = []
-        watch = SpikeWatch(recent)
+        state = RunState()
+        watch = SpikeWatch(state)
         assert losses_to_steps(watch, self.usual) == []
         assert losses_to_steps(watch, [5.3, 5.8, 5.0], first=41) == [42]
-        assert len(recent) == 42 and 5.8 not in recent, "a spike tells nothing of what is usual"
+        assert len(state.recent_losses) == 42 and 5.8 not in state.recent_losses, (
+            "a spike tells nothing of what is usual"
+        )
 
     def test_says_nothing_before_it_knows_what_is_usual(self) -> None:
-        assert losses_to_steps(SpikeWatch([]), [5.0] * (LEAST - 1) + [50.0]) == []
+        assert losses_to_steps(SpikeWatch(RunState()), [5.0] * (LEAST - 1) + [50.0]) == []
 
     def test_a_falling_loss_and_a_small_rise_are_no_spikes(self) -> None:
-        assert losses_to_steps(SpikeWatch([]), [10 * 0.99**n for n in range(300)]) == []
-        assert losses_to_steps(SpikeWatch([]), [5.0] * 50 + [5.5]) == [], "of no deviation, a tenth"
+        assert losses_to_steps(SpikeWatch(RunState()), [10 * 0.99**n for n in range(300)]) == []
+        assert losses_to_steps(SpikeWatch(RunState()), [5.0] * 50 + [5.5]) == [], "of no deviation, a tenth"
 
     def test_what_lasts_is_no_spike(self) -> None:
-        found = losses_to_steps(SpikeWatch([]), [*self.usual, *[9.0] * 100])
+        found = losses_to_steps(SpikeWatch(RunState()), [*self.usual, *[9.0] * 100])
         assert found == list(range(41, 41 + MOST_IN_A_ROW))
 
     def test_goes_on_from_what_a_checkpoint_kept(self) -> None:
-        recent: list[float] = []
-        losses_to_steps(SpikeWatch(recent), self.usual * 4)
-        assert len(recent) == WINDOW
-        assert losses_to_steps(SpikeWatch(list(recent)), [5.0, 7.0]) == [2]
+        """The losses before, and how many steps in a row stand out already."""
+        state = RunState()
+        losses_to_steps(SpikeWatch(state), [*self.usual * 4, *[9.0] * 6])
+        assert len(state.recent_losses) == WINDOW
+        resumed = RunState(**asdict(state))
+        assert losses_to_steps(SpikeWatch(resumed), [9.0] * 50, first=1) == list(range(1, MOST_IN_A_ROW - 6 + 1))
+
+    def test_forgets_steps_that_were_not_applied(self) -> None:
+        watch = SpikeWatch(RunState())
+        losses_to_steps(watch, self.usual)
+        watch.note(Step(41, [], [], []), torch.tensor(9.0))
+        watch.forget()
+        assert watch.look() == []
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +126,34 @@ def test_a_resumed_run_judges_by_the_same_losses(scripts: WarmScripts, words: li
     whole = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert scripts("train.py", *words, "--resume_from_checkpoint=run/checkpoint-80", cwd=tmp_path).code == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
+
+
+# The script as it is, but the loss of the 60th step is 30 times what it is, and that of the next one NaN, also when
+# it is repeated.
+PLANT = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from emoft.training import loss
+compute, steps = loss.cross_entropy, []
+def planted(*arguments):
+    if torch.is_grad_enabled():
+        steps.append(0)
+    factor = 30 if len(steps) == 60 else float("nan") if len(steps) in (61, 62, 63) else 1
+    return compute(*arguments) * (factor if torch.is_grad_enabled() else 1)
+loss.cross_entropy = planted
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
+def test_a_step_that_is_left_out_before_one_that_is_not_finite(
+    scripts: WarmScripts, words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "planted.py").write_text(PLANT)
+    more = ["--on_spike=skip", "--on_nonfinite=skip", "--max_steps=80", "--max_train_samples=300"]
+    done = scripts(str(tmp_path / "planted.py"), *words, *more, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert {path.name for path in (tmp_path / "run").glob("*-*.json")} == {"spike-60.json", "nonfinite-61.json"}
+    curves = read_scalars(tmp_path / "run")
+    assert max(curves["train/loss"]) == 80 and list(curves["train/nonfinite_steps"].values())[-1] == 1
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 80
