@@ -4,7 +4,6 @@ It touches neither a loss nor a gradient: those are computed and applied in trai
 """
 
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -280,15 +279,18 @@ class Run:
             self.tracker.log_fault(
                 fault,
                 lines,
-                {
-                    "examples": step.examples,
-                    "texts": texts,
-                    "epoch": (step.number - 1) // self.loader.steps_per_epoch,
-                    "seed": self.config.seed,
-                    "learning_rate": step.learning_rate,
-                    "precision": self.runtime.precision.name,
-                },
+                {"texts": texts, **self._origin(step)},
             )
+
+    def _origin(self, step: Step) -> dict[str, Any]:
+        """Return where a step came from, for the reports of it."""
+        return {
+            "examples": step.examples,
+            "epoch": (step.number - 1) // self.loader.steps_per_epoch,
+            "seed": self.config.seed,
+            "learning_rate": step.learning_rate,
+            "precision": self.runtime.precision.name,
+        }
 
     def _tell_spikes(self) -> None:
         """Tell of the steps that stood out since the last look, each with its hardest text."""
@@ -298,32 +300,13 @@ class Run:
             if self.state.spikes > MOST_FILES:
                 continue
             with self.tracker.clock_stopped():
-                rows = self.splits["train"].select(step.examples)
-                texts = [decode(self.text_model.tokenizer, ids) for ids in rows["input_ids"]]
-                losses = losses_of_texts(self.text_model.model, rows["input_ids"]) if self._can_measure else []
-                worst = max(range(len(losses)), key=lambda number: losses[number]) if losses else 0
-                line = describe_spike(
-                    spike,
-                    step.examples[worst],
-                    texts[worst],
-                    losses[worst] if losses else math.nan,
-                    self._leaves_out,
-                    str(self.output_dir / spike_file(spike.step)),
-                )
+                ids, applied = self.splits["train"].select(step.examples)["input_ids"], not self._leaves_out
+                texts = [decode(self.text_model.tokenizer, each) for each in ids]
+                losses = losses_of_texts(self.text_model.model, ids) if self._can_measure else []
+                file = str(self.output_dir / spike_file(spike.step))
+                line = describe_spike(spike, step.examples, texts, losses, applied, file)
                 self.tracker.log_spike(
-                    spike,
-                    line,
-                    {
-                        "applied": not self._leaves_out,
-                        "examples": step.examples,
-                        "texts": texts,
-                        "losses": losses,
-                        "hardest": worst,
-                        "epoch": (spike.step - 1) // self.loader.steps_per_epoch,
-                        "seed": self.config.seed,
-                        "learning_rate": step.learning_rate,
-                        "precision": self.runtime.precision.name,
-                    },
+                    spike, line, {"applied": applied, "texts": texts, "losses": losses, **self._origin(step)}
                 )
 
     # ---- Evaluation and checkpoints ---------------------------------------------------------------------------------

@@ -94,10 +94,10 @@ def _hardest_text(record: Record) -> str:
     if not kept:
         return ""
     spike = max(kept, key=lambda each: each["loss"])
-    worst = spike["hardest"]
+    worst = spike["losses"].index(max(spike["losses"]))
     return (
         f"Look at row {spike['examples'][worst]} of train, {str(spike['texts'][worst])[:60]!r}, which takes"
-        f" {spike['losses'][worst]:.2f} nats at step {spike['step']} (spike-{spike['step']}.json)"
+        f" {spike['losses'][worst]:.2f} nats after step {spike['step']} (spike-{spike['step']}.json)"
     )
 
 

@@ -77,20 +77,24 @@ class SpikeWatch:
         return None
 
 
-def describe(spike: Spike, row: int, text: str, text_loss: float, is_left_out: bool, details: str) -> str:
+def describe(spike: Spike, examples: list[int], texts: list[str], losses: list[float], applied: bool, file: str) -> str:
     """Return a spike in a line.
 
     Args:
         spike: what stands out.
-        row: of the train split, of the text that the model predicts worst.
-        text: of that row.
-        text_loss: of it, in nats.
-        is_left_out: nothing of the step was applied.
-        details: the file that holds all of it.
+        examples: the indices of the step's examples in the train split.
+        texts: their texts.
+        losses: of each text by itself, measured after the step, in nats; none where that cannot be measured.
+        applied: whether the step was.
+        file: that holds all of it.
     """
-    shown = text if len(text) <= 60 else text[:57] + "..."
-    left_out = "; nothing of it was applied" if is_left_out else ""
+    left_out = "" if applied else "; nothing of it was applied"
+    hardest = ""
+    if losses:
+        worst = losses.index(max(losses))
+        shown = texts[worst] if len(texts[worst]) <= 60 else texts[worst][:57] + "..."
+        hardest = f" the hardest text is row {examples[worst]} of train, {shown!r}, {losses[worst]:.2f} nats after it;"
     return (
         f"step {spike.step}: the loss is {spike.loss:.2f} nats, where up to {spike.threshold:.2f} is usual{left_out};"
-        f" the hardest text is row {row} of train, {shown!r}, {text_loss:.2f} nats; all in {details}"
+        f"{hardest} all in {file}"
     )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from emoft.data.steps import Step
 from emoft.tracking.run_state import RunState
-from emoft.training.spikes import LEAST, MOST_IN_A_ROW, WINDOW, SpikeWatch
+from emoft.training.spikes import LEAST, MOST_IN_A_ROW, WINDOW, Spike, SpikeWatch, describe
 
 ROW = 333  # of the text that is unlike the others
 OUTLIER = "\u2603 zq vxk jjq wwx qqz kxj \u2620 ZZQ XJ vvq"
@@ -54,6 +54,10 @@ class TestSpikeWatch:
         resumed = RunState(**asdict(state))
         assert losses_to_steps(SpikeWatch(resumed), [9.0] * 50, first=1) == list(range(1, MOST_IN_A_ROW - 6 + 1))
 
+    def test_says_no_row_where_texts_cannot_be_measured(self) -> None:
+        line = describe(Spike(7, 9.0, 5.0, 0.1, 5.6), [3, 4], ["a", "b"], [], True, "spike-7.json")
+        assert line == "step 7: the loss is 9.00 nats, where up to 5.60 is usual; all in spike-7.json"
+
     def test_forgets_steps_that_were_not_applied(self) -> None:
         watch = SpikeWatch(RunState())
         losses_to_steps(watch, self.usual)
@@ -85,11 +89,12 @@ def test_a_spike_names_its_row(scripts: WarmScripts, words: list[str], tmp_path:
     assert done.code == 0, done.err
     found = [json.loads(path.read_text()) for path in (tmp_path / "run").glob("spike-*.json")]
     (report,) = [each for each in found if ROW in each["examples"]]
-    assert report["examples"][report["hardest"]] == ROW
+    hardest = report["losses"].index(max(report["losses"]))
+    assert report["examples"][hardest] == ROW
     assert report["loss"] > report["threshold"] > report["median"] > 0
     assert report["applied"] == (on_spike == "warn")
-    assert OUTLIER in report["texts"][report["hardest"]]
-    assert max(report["losses"]) == report["losses"][report["hardest"]] > report["threshold"]
+    assert OUTLIER in report["texts"][hardest]
+    assert report["losses"][hardest] > report["threshold"]
     (line,) = [line for line in done.err.splitlines() if f"row {ROW} of train" in line]
     assert line.startswith(f"warning: step {report['step']}: the loss is ")
     assert ("nothing of it was applied" in line) == (on_spike == "skip")
