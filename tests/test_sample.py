@@ -101,7 +101,8 @@ class TestDemo:
         is_whole = (trained / "all_results.json").exists() and (trained / "model.safetensors").exists()
         # What was trained before anything that it depends on has changed tells nothing of the code as it is.
         is_of_this_code = is_whole and (trained / "train_config.yaml").stat().st_mtime > changed
-        if is_of_this_code and read_config(str(trained / "train_config.yaml")) == read_config("demo"):
+        asked = replace(read_config("demo"), output_dir=str(trained))
+        if is_of_this_code and read_config(str(trained / "train_config.yaml")) == asked:
             return trained
         folder = tmp_path_factory.mktemp("demo")
         result = scripts("train.py", "--config", "demo", cwd=folder)
