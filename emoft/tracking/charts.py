@@ -86,7 +86,7 @@ TAGS = {
         "Share of those texts that have the most frequent emotion: the accuracy of always saying that.",
     ),
     "eval_classified": ("eval/classified", "Number of those texts."),
-    "eval_overlap": ("eval/overlap", "Share of the validation split's texts that train holds too, or nearly so."),
+    "eval_overlap_share": ("eval/overlap", "Share of the validation split's texts that train holds too, or nearly so."),
     "eval_loss_without_overlap": ("eval/loss_without_overlap", "eval/loss of the texts that train does not hold too."),
 }
 GROUPS = {

@@ -261,6 +261,9 @@ class Tracker:
         run = self.run
         run.other_validation_until = min(run.other_validation_until, run.step - 1)  # this one is of those of now
         self._log({f"eval_{name}": value for name, value in evaluation.figures().items()})
+        if evaluation.overlap is not None:
+            share = evaluation.overlap / evaluation.examples
+            self.events.add_scalars({TAGS["eval_overlap_share"][0]: share}, run.step)
         is_best = run.step > 0 and evaluation.loss < run.best_loss
         if is_best:
             run.best_loss, run.best_step, run.evaluations_since_best = evaluation.loss, run.step, 0

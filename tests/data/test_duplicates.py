@@ -98,6 +98,7 @@ def test_a_run_states_its_evaluation_with_and_without_them(run, tiny_model, tmp_
     curves = read_scalars(tmp_path / "run")
     before, after = (pytest.approx(results[name]) for name in ("emotion_accuracy_before", "emotion_accuracy"))
     assert curves["eval/emotion_accuracy"] == {0: before, 2: after}
+    assert curves["eval/overlap"] == {step: pytest.approx(3 / 5) for step in (0, 2)}, "a share, as the curve says"
     assert 0 <= results["emotion_accuracy_without_overlap"] <= 1
     assert results["macro_f1_before_interval"][0] <= results["macro_f1_before"]
     assert curves["eval/loss"][0] == pytest.approx(results["eval_loss_before"])
