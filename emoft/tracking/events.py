@@ -74,7 +74,6 @@ class EventFile:
         self._write(FileWriter.flush)  # tells what could not be written; `FileWriter.close` alone does not
         self._write(FileWriter.close)
         self._writer = None
-        threading.excepthook = threading.__excepthook__
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
         """Add a point to each of some curves; to the first of each, what the curve means."""
@@ -153,6 +152,10 @@ class EventFile:
 
 
 def _quiet_about_writing(arguments: threading.ExceptHookArgs) -> None:
-    """Keep TensorBoard's thread from printing a traceback of what `EventFile` tells in a line."""
-    if not isinstance(arguments.exc_value, OSError):
+    """Keep TensorBoard's thread from printing a traceback of what `EventFile` tells in a line.
+
+    It stays in place when the file is closed: the thread may come to its end only then.
+    """
+    is_tensorboards = type(arguments.thread).__module__.startswith("tensorboard.")
+    if not (is_tensorboards and isinstance(arguments.exc_value, OSError)):
         threading.__excepthook__(arguments)

@@ -33,6 +33,20 @@ def test_in_a_folder_that_cannot_be(tmp_path: Path) -> None:
     assert all("cannot be written (Not a directory); training goes on" in line for line in told)
 
 
+def test_the_thread_may_end_after_the_file_is_closed(run, tmp_path: Path) -> None:
+    """Its last words come whenever it is its turn."""
+    late = "import time\n"
+    late += "from tensorboard.summary.writer import event_file_writer as writer\n"
+    late += "run = writer._AsyncWriterThread.run\n"
+    late += (
+        "def slow(self):\n    try:\n        run(self)\n    except OSError:\n        time.sleep(0.5)\n        raise\n"
+    )
+    late += "writer._AsyncWriterThread.run = slow\n"
+    (tmp_path / "full.py").write_text(late + FULL_AT_THE_END + "time.sleep(1)\n")
+    result = run(str(tmp_path / "full.py"))
+    assert (len(result.out.splitlines()), result.err) == (1, "")
+
+
 def test_on_a_disk_that_is_full_when_it_is_closed(run, tmp_path: Path) -> None:
     (tmp_path / "full.py").write_text(FULL_AT_THE_END)
     result = run(str(tmp_path / "full.py"))
