@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import random
+import shutil
 import string
 import sys
 import tempfile
@@ -185,6 +186,11 @@ FAULTS = [
     Fault("labels shuffled", ["labels_do_not_fit"], rows=shuffled),
     Fault("one text 600 times", ["texts_repeated"], rows=lambda rows, chance: [chance.choice(rows)] * 600),
     Fault("ten texts 60 times each", ["texts_repeated"], rows=lambda rows, chance: chance.sample(rows, 10) * 60),
+    Fault(
+        "a template so long that most of each text is cut away",
+        ["texts_cut"],
+        flags={"template": "you are a friend and you always answer in the mood that is asked for, " * 2 + "{text}"},
+    ),
     Fault("one emotion", ["one_emotion"], rows=lambda rows, chance: [row for row in rows if row[1] == "joy"]),
     Fault("all labels the same", ["one_emotion"], rows=lambda rows, chance: [(text, "joy") for text, _ in rows]),
     Fault("evaluation on train texts", ["evaluated_on_train"], flags={"validation_file": SAMPLE / "train.csv"}),
@@ -321,6 +327,10 @@ def healthy() -> dict[str, dict[str, object]]:
         "300 steps": {"max_steps": 300},
         "30 steps": {"max_steps": 30, "logging_steps": 2},
         "gradients not measured": {"log_gradients_every": 0},
+        "two ranks": {"ranks": 2, "per_device_train_batch_size": 4},
+        "two ranks, padded": {"ranks": 2, "per_device_train_batch_size": 2, "batching": "padded"},
+        "resumed": {"resumed_at": 80},
+        "resumed, batch 16": {"resumed_at": 110, "per_device_train_batch_size": 16},
         "demo, 4 epochs": {"config": "demo", "num_train_epochs": 4, "max_steps": -1},
         "demo": {"config": "demo", "num_train_epochs": 12, "max_steps": -1},
         "demo's flags, 1 epoch": {"config": "demo", "num_train_epochs": 1, "max_steps": -1},
@@ -369,6 +379,7 @@ class Planter:
             "output_dir": place / "run",
             **settings,
         }
+        ranks, resumed_at = values.pop("ranks", 0), values.pop("resumed_at", 0)
         if values["model_name_or_path"] or (fault and fault.fine_tunes):
             values |= {"model_name_or_path": self.pretrained(), "config_overrides": ""}
         if values.get("config"):
@@ -385,7 +396,15 @@ class Planter:
                 code += on_loading("import torch", "with torch.no_grad():", f"    {fault.weights}")
         (place / "planted.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n{source}")
         words = [f"--{name}={value}" for name, value in values.items()]
-        result = self.scripts(str(place / "planted.py"), *words, cwd=place)
+        if resumed_at:
+            script = str(place / "planted.py")
+            whole = self.scripts(script, *words, f"--save_steps={resumed_at}", "--save_total_limit=0", cwd=place)
+            assert whole.code == 0, (name, whole.err[-2000:])
+            for checkpoint in (place / "run").glob("checkpoint-*"):
+                if checkpoint.name != f"checkpoint-{resumed_at}":
+                    shutil.rmtree(checkpoint)
+            words.append("--resume_from_checkpoint=latest")
+        result = self.scripts(str(place / "planted.py"), *words, cwd=place, ranks=ranks)
         assert result.code in (0, 2), (name, result.err[-2000:])
         assert (place / "run/runs").exists(), (name, result.err[-2000:])
         return place / "run"

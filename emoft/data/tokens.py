@@ -149,7 +149,7 @@ def tokenize(rows: Dataset, tokenizer: GPT2Tokenizer, text_format: TextFormat, s
 
 def describe_cut(rows: Dataset, text_format: TextFormat, split: str) -> str:
     """Return in a line how many texts of a tokenized split are cut by --max_length; "" if none is."""
-    lengths = np.asarray(rows.with_format("arrow")[:]["whole_tokens"].to_numpy())
+    lengths = _whole_lengths(rows)
     cut = int((lengths > text_format.max_length).sum())
     if not cut:
         return ""
@@ -158,6 +158,15 @@ def describe_cut(rows: Dataset, text_format: TextFormat, split: str) -> str:
         f"{split}: {cut:,} of {len(lengths):,} texts ({cut / len(lengths):.1%}) are cut by --max_length"
         f" {text_format.max_length}{none_ends}; the longest has {lengths.max():,} tokens"
     )
+
+
+def cut_share(rows: Dataset, max_length: int) -> float:
+    """Return the share of the texts of a tokenized split that are cut."""
+    return float((_whole_lengths(rows) > max_length).mean())
+
+
+def _whole_lengths(rows: Dataset) -> Any:
+    return np.asarray(rows.with_format("arrow")[:]["whole_tokens"].to_numpy())
 
 
 def unigram_entropy(rows: Dataset) -> float:

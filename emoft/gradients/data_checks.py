@@ -4,7 +4,7 @@ import math
 
 from emoft.gradients.finding import Finding
 from emoft.gradients.record import CannotCheckError, Record
-from emoft.gradients.thresholds import CLASSIFIED, DISTINCT_SHARE, EPOCHS, LEAST_ALIGNED, OVERLAP
+from emoft.gradients.thresholds import CLASSIFIED, CUT_SHARE, DISTINCT_SHARE, EPOCHS, LEAST_ALIGNED, OVERLAP
 
 DATA = "looks at the data", "they are taken at the first log entry"
 
@@ -37,6 +37,20 @@ def check_repetition(record: Record) -> list[Finding]:
         " repetitions out"
     )
     return [Finding("texts_repeated", text, tag, figure=share, threshold=DISTINCT_SHARE)]
+
+
+def check_cut(record: Record) -> list[Finding]:
+    """Texts of which only the beginning is trained on."""
+    tag = "data/cut_texts"
+    share = record.values(tag, unit=DATA[0], how=DATA[1])[0]
+    if share <= CUT_SHARE:
+        return []
+    text = (
+        f"{share:.0%} of train's texts are cut by --max_length (expected at most {CUT_SHARE:.0%}): their ends are never"
+        " learned, and no end-of-text stands behind them. Raise --max_length, shorten what --template puts around the"
+        " text, or split the texts"
+    )
+    return [Finding("texts_cut", text, tag, figure=share, threshold=CUT_SHARE)]
 
 
 def check_emotions(record: Record) -> list[Finding]:

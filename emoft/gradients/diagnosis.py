@@ -18,6 +18,7 @@ CHECKS: dict[str, Callable[[Record], list[Finding]]] = {
     "every step was finite": step_checks.check_finite,
     "each target is the next token": data_checks.check_labels,
     "train's texts are different from each other": data_checks.check_repetition,
+    "train's texts are not cut": data_checks.check_cut,
     "train has several emotions": data_checks.check_emotions,
     "labels fit their texts": data_checks.check_label_information,
     "the validation texts are not train's": data_checks.check_overlap,

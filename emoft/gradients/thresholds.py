@@ -53,6 +53,7 @@ SKIPPED_SHARE = 0.05  # of steps, by fp16's loss scaling
 
 # The data.
 DISTINCT_SHARE = 0.5  # of train's texts
+CUT_SHARE = 0.5  # of train's texts
 OVERLAP = 0.5  # of the validation texts that train holds too
 EPOCHS = 3  # before which nothing is said of how well the model tells emotions
 CLASSIFIED = 60  # texts below which nothing is said of how well emotions are told

@@ -6,6 +6,7 @@ from emoft.gradients.thresholds import (
     BATCH_ABOVE_NOISE,
     CLIPPED_NORM,
     CLIPPED_SHARE,
+    CUT_SHARE,
     DEPTH_RATIO,
     DISTANCE,
     DISTINCT_SHARE,
@@ -49,6 +50,7 @@ TAGS = {
     "loss_scale": ("train/loss_scale", "fp16 only: what the loss is multiplied by before backward."),
     "skipped_steps": ("train/skipped_steps", "fp16 only: steps so far that changed nothing because of an overflow."),
     "distinct_texts": ("data/distinct_texts", "Share of train's examples that are not a repetition, token by token."),
+    "cut_texts": ("data/cut_texts", "Share of train's texts that are longer than --max_length."),
     "emotions": ("data/emotions", "Emotions that train holds."),
     "emotion_by_words": (
         "data/emotion_by_words",
@@ -166,6 +168,7 @@ GUIDE_LINES = (
     ("eval/emotion_accuracy", f"above largest_emotion, {EPOCHS} epochs", "--label_contrast 0.2; see IMAGES: confusion"),
     ("train/label_alignment", f"1 (above {LEAST_ALIGNED})", "labels shifted by none, or twice"),
     ("data/distinct_texts, overlap", f"above {DISTINCT_SHARE}; below {OVERLAP}", "repeated texts: --drop_duplicates"),
+    ("data/cut_texts", f"at most {CUT_SHARE}", "texts lose their ends: --max_length"),
     ("gradient_norm/hNN", f"first and last within {DEPTH_RATIO:.0f} times", "vanishing or exploding: --warmup_steps"),
     ("IMAGES: by_depth, by_block", "colors change slowly", "gap: no gradient; bright column: bad batch"),
     ("activation_saturation/hNN", f"below {SATURATION}", "dead units: a smaller --learning_rate"),

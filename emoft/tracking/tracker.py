@@ -19,6 +19,7 @@ from emoft.data.batching import target_tokens
 from emoft.data.duplicates import distinct_share
 from emoft.data.label_information import told_by_words
 from emoft.data.steps import Step
+from emoft.data.tokens import cut_share
 from emoft.distributed.world import World
 from emoft.errors import warn
 from emoft.evaluate.classification import Classification
@@ -245,6 +246,8 @@ class Tracker:
     def log_data(self, train_rows: Dataset) -> None:
         """Show what can be told of the train split without a model: repetitions, and whether its labels fit."""
         setting: dict[str, float] = {"distinct_texts": distinct_share(train_rows)}
+        if "whole_tokens" in train_rows.column_names:
+            setting["cut_texts"] = cut_share(train_rows, self.config.max_length)
         if "label" in train_rows.column_names:
             labels = train_rows["label"][:]
             setting["emotions"] = len(set(labels))
