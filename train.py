@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -70,7 +71,10 @@ def load_model_and_data(config: TrainConfig, checkpoint: Path | None) -> Loaded:
 
 
 def train(
-    config: TrainConfig, world: World, load: Callable[[TrainConfig, Path | None], Loaded] = load_model_and_data
+    config: TrainConfig,
+    world: World,
+    load: Callable[[TrainConfig, Path | None], Loaded] = load_model_and_data,
+    run_class: Callable[..., Any] = Run,
 ) -> int:
     """Run a training from its configuration to its saved model.
 
@@ -78,6 +82,7 @@ def train(
         config: all flags.
         world: the processes that train together, each of which runs this function; without torchrun there is one.
         load: gives the model and the data; the benchmark draws both.
+        run_class: what stands around the loop; `python -m emoft.step` has one that watches a step.
 
     Returns:
         The exit code: 0, or 129, 130 or 143 if a signal stopped the run after saving.
@@ -117,7 +122,7 @@ def train(
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks}{device} ({precision.name}),"
         f" {len(train_data):,} examples, {loader.total_steps:,} steps of {step_size} examples, into {output_dir}"
     )
-    run = Run(config, runtime, text_model, splits, loader, training_state, run_state, monitor, label_contrast)
+    run = run_class(config, runtime, text_model, splits, loader, training_state, run_state, monitor, label_contrast)
 
     # ---- The loop: one optimization step after another ---------------------------------------------------------------
     with run:  # the progress bar, the event file, and what a signal does

@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import Field
 from functools import partial
 from pathlib import Path
@@ -51,10 +51,15 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
         raise SystemExit(0)
     given = _read_words(command, with_config, words)
     below: dict[str, Any] = {}
-    if command.presets and (name := given.pop("config", "")):
+    name = given.pop("config", "")
+    left_out: Collection[str] = ()
+    if not name and command.default_config:
+        name, left_out = command.default_config(given)
+    if command.presets and name:
         path = _yaml_path(name, command.presets)
         try:
-            below = _read_yaml(path, command, flags)
+            read = _read_yaml(path, command, flags)
+            below = {flag: value for flag, value in read.items() if flag not in left_out}
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     return config_class(**{**below, **given})

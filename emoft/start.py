@@ -12,7 +12,7 @@ from typing import TextIO, TypeVar
 
 from emoft.errors import UserError, guarded, program
 
-SCRIPTS = ("train.py", "generate.py", "emoft.evaluate", "emoft.gradients", "emoft.benchmark")
+SCRIPTS = ("train.py", "generate.py", "emoft.evaluate", "emoft.gradients", "emoft.step", "emoft.benchmark")
 
 
 def is_speaker() -> bool:
@@ -71,6 +71,17 @@ def check_training(config: TrainConfig) -> None:
     Raises:
         UserError: one is missing, or the output folder holds another run.
     """
+    check_inputs(config)
+    if not config.resume_from_checkpoint and "LOCAL_RANK" not in os.environ:  # torchrun may have restarted a run
+        refuse_another_run(config)
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """See what can be told at once of what a training reads.
+
+    Raises:
+        UserError: a file or folder is missing, or the template is wrong.
+    """
     for name in INPUT_FILES:
         if value := getattr(config, name):
             check_file(f"--{name}", value)
@@ -79,8 +90,6 @@ def check_training(config: TrainConfig) -> None:
     if config.tokenizer_name:
         is_folder(config.tokenizer_name, "tokenizer", "tokenizer_name")
     TextFormat(config.template)
-    if not config.resume_from_checkpoint and "LOCAL_RANK" not in os.environ:  # torchrun may have restarted a run
-        refuse_another_run(config)
 
 
 _is_loaded = threading.Event()

@@ -11,8 +11,9 @@ from emoft.benchmark.config import BenchmarkConfig
 from emoft.config import INPUT_FILES, EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
 from emoft.errors import UserError
 from emoft.flags import Flag, flags_of, flags_on_resume, read_value, shown_default
+from emoft.step.config import StepConfig
 
-ALL = [TrainConfig, GenerateConfig, EvaluateConfig, GradientsConfig, BenchmarkConfig]
+ALL = [TrainConfig, GenerateConfig, EvaluateConfig, GradientsConfig, BenchmarkConfig, StepConfig]
 TRAIN = {flag.name: flag for flag in flags_of(TrainConfig)}
 
 

@@ -14,8 +14,9 @@ from emoft.benchmark.config import BenchmarkConfig
 from emoft.command_line import HasFlags, parse_config
 from emoft.config import EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
 from emoft.flags import Command, flags_of, option
+from emoft.step.config import StepConfig
 
-ALL = [TrainConfig, GenerateConfig, EvaluateConfig, GradientsConfig, BenchmarkConfig]
+ALL = [TrainConfig, GenerateConfig, EvaluateConfig, GradientsConfig, BenchmarkConfig, StepConfig]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from conftest import ROOT
 ORDER = [
     ["emoft.streams", "emoft.colors"],
     ["emoft.errors"],
-    ["emoft.terminal", "emoft.files", "emoft.private"],
+    ["emoft.terminal", "emoft.files", "emoft.private", "emoft.sentences"],
     ["emoft.flags", "emoft.suggestions", "emoft.help", "emoft.command_line"],
     ["emoft.config"],
     ["emoft.hints"],
@@ -23,7 +23,7 @@ ORDER = [
     ["emoft.checkpoints"],
     ["emoft.start", "emoft.run"],
     ["train", "generate"],
-    ["emoft.benchmark"],
+    ["emoft.step", "emoft.benchmark"],
 ]
 LAYER = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 SHARE_A_LINE = {"emoft.flags", "emoft.suggestions", "emoft.help", "emoft.command_line"}  # and may import each other
@@ -94,13 +94,13 @@ def test_no_circle() -> None:
 
 def test_nothing_imports_a_door() -> None:
     assert {name.removesuffix(".__main__") for name in DOORS} == {
-        "emoft.benchmark", "emoft.evaluate", "emoft.gradients",
+        "emoft.benchmark", "emoft.evaluate", "emoft.gradients", "emoft.step",
     }  # fmt: skip
     for module in MODULES:
         imported = imports_of(module, also_for_types=True)
         assert not imported & DOORS, module
-        # The benchmark trains by the loop of train.py itself.
-        assert not imported & {"train", "generate"} or room_of(module) == "emoft.benchmark", module
+        # The benchmark and the explained step train by the loop of train.py itself.
+        assert not imported & {"train", "generate"} or room_of(module) in ("emoft.benchmark", "emoft.step"), module
 
 
 def test_an_import_inside_a_function_says_why() -> None:

@@ -26,8 +26,9 @@ class Step:
     learning_rate: float = 0.0  # that the update is made with
     loss_scale: float = 1.0  # likewise; above 1 in fp16 only
     random_state: list[Tensor] = field(default_factory=list)  # in which it began
-    # What the loss was given, of each micro-batch: targets and places, (K,) each; see `training.loss.given_targets`.
-    targets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    # What the loss was given and what it returned, of each micro-batch: targets, places and losses, (K,) each; see
+    # `training.loss.given_targets`.
+    targets: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -40,7 +41,7 @@ class Step:
         NaN if nobody knows what the loss was given.
         """
         pairs = zip(self.micro_batches, self.targets, strict=False)
-        return min((batch.aligned_share(*given) for batch, given in pairs), default=math.nan)
+        return min((batch.aligned_share(targets, places) for batch, (targets, places, _) in pairs), default=math.nan)
 
 
 class StepLoader:

@@ -107,7 +107,7 @@ def find_leaks(model: GPT2LMHeadModel, way: str) -> Leaks:
     generator = torch.Generator().manual_seed(SEED)
     longest = model.config.n_positions
     texts = [torch.randint(vocabulary, (min(n, longest),), generator=generator).tolist() for n in LENGTHS]
-    before = _states(model, texts, way)
+    before = hidden_states(model, texts, way)
     scale = max(float(states.abs().max()) for states in before)
     found = Leaks(way, sum(map(len, texts)))
     for number, place in progress(
@@ -117,7 +117,7 @@ def find_leaks(model: GPT2LMHeadModel, way: str) -> Leaks:
     ):
         changed = [list(text) for text in texts]
         changed[number][place] = (changed[number][place] + 1 + place) % vocabulary
-        after = _states(model, changed, way)
+        after = hidden_states(model, changed, way)
         moves = [(b - a).abs().amax(-1) / scale for a, b in zip(before, after, strict=True)]  # (T,) of each text
         earlier = float(moves[number][:place].max()) if place else 0.0
         beside = max(float(each.max()) for other, each in enumerate(moves) if other != number)
@@ -129,14 +129,14 @@ def find_leaks(model: GPT2LMHeadModel, way: str) -> Leaks:
         if place + 1 < len(texts[number]) and float(moves[number][place + 1 :].max()) <= 0.0:
             found.unseen.append((number, place))
     for number, text in enumerate(texts):
-        (alone,) = _states(model, [text], "padded")
+        (alone,) = hidden_states(model, [text], "padded")
         if float((alone - before[number]).abs().max()) / scale > TOLERANCE:
             found.not_as_alone.append(number)
     model.train(was_training)
     return found
 
 
-def _states(model: GPT2LMHeadModel, texts: list[list[int]], way: str) -> list[Tensor]:
+def hidden_states(model: GPT2LMHeadModel, texts: list[list[int]], way: str) -> list[Tensor]:
     """Return the hidden states (T, C) of each text, computed together."""
     batch: Batch = WAYS[way]([{"input_ids": text} for text in texts], pad_id=0).to(model.device)
     states = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)

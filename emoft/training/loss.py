@@ -15,15 +15,16 @@ LOGIT_BYTES = 64 << 20  # of logits in float32 at a time in inference: enough ro
 WEIGHT_ROWS = 8192  # of the head's gradient at a time, likewise
 
 
-_given: list[tuple[Tensor, Tensor]] | None = None  # see `given_targets`
+_given: list[tuple[Tensor, Tensor, Tensor]] | None = None  # see `given_targets`
 
 
 @contextmanager
-def given_targets() -> Iterator[list[tuple[Tensor, Tensor]]]:
+def given_targets() -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
     """Collect what `cross_entropy` is really given while it trains in this context, whatever the loop meant to give it.
 
     Yields:
-        For each call the targets, (K,), and the places in the flattened rows that predict them, (K,).
+        For each call the targets, (K,), the places in the flattened rows that predict them, (K,), and what it
+        returned, (K,).
     """
     global _given
     outer, _given = _given, []
@@ -70,11 +71,12 @@ def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, predicting: Ten
     """
     hidden = hidden.flatten(0, 1).index_select(0, predicting)
     targets = targets.flatten().index_select(0, predicting)
-    if _given is not None and torch.is_grad_enabled():
-        _given.append((targets, predicting))
     if not torch.is_grad_enabled():
         return _without_gradient(hidden, head, targets)
-    return _LinearCrossEntropy.apply(hidden, head, targets)
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, head, targets)
+    if _given is not None:
+        _given.append((targets, predicting, losses.detach()))
+    return losses
 
 
 def _without_gradient(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
