@@ -93,11 +93,8 @@ class Listener:
         heads, width = attention.num_heads, attention.head_dim
         scaling = float(getattr(attention, "scaling", width**-0.5))
 
-        @torch.no_grad()
-        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            if not self._is_first(f"attention_entropy/{name}"):
-                return
-            values = output.detach().float().flatten(0, -2)
+        def look_at_scores(values: Tensor) -> tuple[Tensor, list[Tensor]]:
+            """Return the largest score and the entropies as shares of what is possible, by text."""
             largest, entropies = values.new_tensor(-math.inf), []
             for places in self._places[0]:
                 rows = values[places]  # (T, 3 C)
@@ -111,8 +108,17 @@ class Listener:
                     entropy = -(chances * chances.clamp_min(1e-30).log()).sum(-1)  # (H, T - 1) nats
                     choices = torch.arange(2, len(rows) + 1, device=rows.device).log()
                     entropies.append((entropy / choices).flatten())
+            return largest, entropies
+
+        @torch.no_grad()
+        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not self._is_first(f"attention_entropy/{name}"):
+                return
+            # In float32 all of it: the logarithms of the smallest probabilities are not finite in fp16.
+            with torch.autocast(output.device.type, enabled=False):
+                largest, entropies = look_at_scores(output.detach().float().flatten(0, -2))
             self.largest[f"attention_logit/{name}"] = largest
-            shares = torch.cat(entropies) if entropies else values.new_zeros(0)
+            shares = torch.cat(entropies) if entropies else largest.new_zeros(0)
             self.sums[f"attention_entropy/{name}"] = _sum_of(shares.sum(), shares.numel())
 
         return look

@@ -21,6 +21,7 @@ from emoft.gradients.thresholds import (
     UPDATE_JUMP,
     UPDATE_TOO_LARGE,
     UPDATE_TOO_SMALL,
+    USUAL_DECAY,
     WEIGHT_DECAY,
     WEIGHT_GROWTH,
     WEIGHT_LOSS,
@@ -83,12 +84,21 @@ def check_schedule(record: Record) -> list[Finding]:
     if total <= 0:
         total = math.ceil(float(flags["num_train_epochs"]) * round(step / epoch))
     warmup = count_warmup_steps(float(flags["warmup_steps"]), total)
-    held = {step: sum(_last(record, name, step) for name in ("skipped_steps", "nonfinite_steps")) for step, _ in points}
-    expected = {
-        step: highest * schedule_factor(flags["lr_scheduler_type"], max(0, step - 1 - int(held[step])), warmup, total)
-        for step, _ in points
-    }
-    # A step or two more that were left out move it a little.
+
+    def by_flags(step: int, rate: float) -> float:
+        """Return the rate that the schedule may have come to, the nearest to the one logged.
+
+        A step that was left out does not move the schedule on; of those since the entry before nobody knows when.
+        """
+        least, most = (
+            sum(_last(record, name, until) for name in ("skipped_steps", "nonfinite_steps"))
+            for until in (step, step + 1)
+        )
+        places = range(max(0, step - 1 - int(most)), max(0, step - 1 - int(least)) + 1)
+        rates = [highest * schedule_factor(flags["lr_scheduler_type"], place, warmup, total) for place in places]
+        return min(rates, key=lambda each: abs(each - rate))
+
+    expected = {step: by_flags(step, rate) for step, rate in points}
     wrong = [(step, rate) for step, rate in points if abs(rate - expected[step]) > SCHEDULE_ERROR * highest]
     if not wrong:
         return []
@@ -245,7 +255,7 @@ def check_decay(record: Record) -> list[Finding]:
     if "weight_decay" not in flags:
         raise CannotCheckError("no train_config.yaml beside the run")
     share = float(flags["learning_rate"]) * float(flags["weight_decay"])
-    if share <= WEIGHT_DECAY:
+    if share <= WEIGHT_DECAY or float(flags["weight_decay"]) <= USUAL_DECAY:  # then it is the learning rate
         return []
     evidence = ""
     for name in record.blocks:
@@ -255,7 +265,7 @@ def check_decay(record: Record) -> list[Finding]:
             break
     text = (
         f"weight decay takes {share:.2%} of each weight at every step (--learning_rate times --weight_decay; up to"
-        f" {WEIGHT_DECAY:.1%} is usual){evidence}. Lower --weight_decay to 0.1 or less"
+        f" {WEIGHT_DECAY:.1%} is usual){evidence}. Lower --weight_decay to {USUAL_DECAY} or less"
     )
     return [
         Finding(

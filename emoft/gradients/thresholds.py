@@ -45,6 +45,7 @@ WEIGHT_GROWTH = 2.5  # times the norm at the start
 ACTIVATION_GROWTH = 100.0  # times the norm at the first measurement
 DISTANCE = 1.0  # of pretrained weights from where they began, as a share of their norm
 WEIGHT_DECAY = 0.002  # of a weight in a step: --learning_rate times --weight_decay
+USUAL_DECAY = 0.1  # --weight_decay; the smaller one is no cause, whatever the learning rate makes of it
 WEIGHT_LOSS = 0.7  # of the norm at the start, below which weights have decayed
 SCHEDULE_ERROR = 0.05  # of the highest learning rate
 CLIPPED_SHARE = 0.9

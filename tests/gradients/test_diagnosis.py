@@ -255,6 +255,19 @@ def test_the_schedule_that_the_flags_ask_for(schedule: str) -> None:
     late = {step: 0.01 * schedule_factor(schedule, max(0, step - 4), 10, 100) for step in right}
     curves |= {"train/learning_rate": late, "train/skipped_steps": {2: 3.0, 100: 3.0}}
     assert names(curves, **flags) == set()
+    # Eight more that were dropped before the first entries, where nobody knows at which steps they were.
+    late = {step: 0.01 * schedule_factor(schedule, max(0, step - 9), 10, 100) for step in right}
+    dropped = {5: 5.0, **{step: 8.0 for step in right if step > 5}}
+    curves |= {"train/learning_rate": late, "train/skipped_steps": dropped}
+    assert names(curves, **flags) - {"skipped_too_often"} == set()
+    wrong = {"schedule_not_followed", "learning_rate_jumps"}
+    assert names({**curves, "train/learning_rate": right}, **flags) & wrong
+
+
+def test_a_decay_that_the_learning_rate_makes_large_is_no_cause() -> None:
+    curves = {"train/loss": dict.fromkeys(range(1, 4), 5.0)}
+    assert "weights_decay" in names(curves, learning_rate=0.01, weight_decay=1.0)
+    assert "weights_decay" not in names(curves, learning_rate=0.4, weight_decay=0.1)
 
 
 def test_clipping_saturation_and_skipping() -> None:

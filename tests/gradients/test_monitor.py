@@ -18,6 +18,7 @@ from emoft.config import TrainConfig
 from emoft.data.batching import Batch, pack, pad
 from emoft.data.steps import Step
 from emoft.distributed.world import World
+from emoft.gradients.listener import Listener
 from emoft.gradients.monitor import BINS, Figures, GradientMonitor, group_parameters, histogram
 from emoft.gradients.names import KINDS, NO_UPDATE
 from emoft.model.attention import use_packed_attention
@@ -426,3 +427,16 @@ class TestThroughTheScript:
         assert layers.code == 0
         kinds = EventAccumulator(str(tmp_path / "layers" / "runs")).Reload().Tags()
         assert len([tag for tag in kinds["scalars"] if tag.startswith("gradient_norm/h11")]) == 6
+
+
+def test_attention_is_looked_at_in_float32_whatever_autocast_does() -> None:
+    """In fp16 the smallest probabilities are 0, and their logarithms are not finite."""
+    batch = pack([{"input_ids": text} for text in TEXTS], pad_id=0, multiple=8)
+    model = model_before_second_step()
+    listener = Listener(model, ["h00", "h01", "h02"], [batch], 1.0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        model.transformer(**batch.inputs, use_cache=False)
+    listener.stop()
+    for name in ("h00", "h01", "h02"):
+        total, count = listener.sums[f"attention_entropy/{name}"].tolist()
+        assert math.isfinite(total) and 0 < total < count

@@ -36,7 +36,7 @@ def count_step(tracker: Tracker, loss: torch.Tensor, norm: torch.Tensor, *batche
     lengths = np.array([length for batch in batches for length in batch.lengths])
     step = Step(tracker.run.step + 1, list(range(len(lengths))), lengths, list(batches))
     shifted = [(shift_labels(batch.labels).flatten(), batch.predicting) for batch in batches]
-    step.targets = [(targets[places], places) for targets, places in shifted]
+    step.targets = [(targets[places], places, torch.zeros(len(places))) for targets, places in shifted]
     tracker.count_step(step, loss, norm, skipped)
 
 
