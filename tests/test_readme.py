@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from emoft.benchmark.config import BenchmarkConfig
 from emoft.config import EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
+from emoft.step.config import StepConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "emoft" / "docs").glob("*.md"))]
@@ -23,7 +24,7 @@ def test_it_is_short_and_begins_with_the_two_commands() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=[path.name for path in PAGES])
 def test_every_flag_it_names_exists(page: Path) -> None:
-    configs = (TrainConfig, GenerateConfig, EvaluateConfig, BenchmarkConfig, GradientsConfig)
+    configs = (TrainConfig, GenerateConfig, EvaluateConfig, BenchmarkConfig, GradientsConfig, StepConfig)
     known = {"config", "help"}.union(*(config.__dataclass_fields__ for config in configs))
     known |= {f"no_{name}" for name in known}
     others = {"logdir", "logdir_spec", "samples_per_plugin"}  # of tensorboard
@@ -83,3 +84,51 @@ def test_every_default_of_the_tutorials_table_is_the_programs() -> None:
             assert (text or number) == default, name
         else:
             assert float(number) == default, name
+
+
+class TestTheKhmerReadme:
+    """It is the README in another language: the same commands, figures and flags, in the same order."""
+
+    KHMER = (ROOT / "emoft" / "docs" / "README.km.md").read_text(encoding="utf-8")
+
+    @staticmethod
+    def blocks(text: str) -> list[str]:
+        return re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+    @staticmethod
+    def sections(text: str) -> list[str]:
+        return re.split(r"^## ", text, flags=re.MULTILINE)
+
+    @staticmethod
+    def figures(text: str) -> set[str]:
+        """The numbers of two digits and more in its prose: not in commands, names, tables and the targets of links."""
+        prose = re.sub(r"^```.*?^```|`[^`]*`|\]\([^)]*\)|^\|.*$", "", text, flags=re.MULTILINE | re.DOTALL)
+        return set(re.findall(r"\d[\d,.]*\d|\d+(?:e-\d+)", prose))
+
+    def test_the_readme_leads_there_at_its_top(self) -> None:
+        assert "(emoft/docs/README.km.md)" in "\n".join(README.splitlines()[:40])
+
+    def test_the_commands_are_the_same(self) -> None:
+        assert self.blocks(self.KHMER) == self.blocks(README)
+        assert len(self.blocks(README)) > 8
+
+    def test_so_are_the_figures_section_by_section(self) -> None:
+        theirs, ours = self.sections(self.KHMER), self.sections(README)
+        assert len(theirs) == len(ours)
+        for number, (one, other) in enumerate(zip(theirs, ours, strict=True)):
+            assert self.figures(one) == self.figures(other), f"section {number}"
+        assert not re.search("[\u17e0-\u17e9]", self.KHMER), "figures are written as in the README"
+
+    def test_so_are_the_tables_flags_and_links(self) -> None:
+        def rows(text: str) -> list[list[str]]:
+            return [re.findall(r"`[^`]+`", line) for line in text.splitlines() if line.startswith("| ")]
+
+        def targets(text: str, folder: Path) -> list[str]:
+            found = [each for each in re.findall(r"\]\(([^)#]+)", text) if not each.startswith("https://")]
+            return [str((folder / each).resolve().relative_to(ROOT)) for each in found]
+
+        assert rows(self.KHMER) == rows(README)
+        assert set(re.findall(r"--\w+", self.KHMER)) == set(re.findall(r"--\w+", README))
+        languages = {"README.md", "emoft/docs/README.km.md", "emoft/docs/lesson.md", "emoft/docs/lesson.km.md"}
+        theirs, ours = targets(self.KHMER, ROOT / "emoft" / "docs"), targets(README, ROOT)
+        assert [each for each in theirs if each not in languages] == [each for each in ours if each not in languages]
