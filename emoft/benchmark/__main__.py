@@ -16,10 +16,11 @@ COMPARISONS = {
     "trainer": ("trainer", "compare_trainer"),
     "gradients": ("gradients", "compare_gradients"),
     "processes": ("scaling", "compare_processes"),
+    "ladder": ("ladder", "compare_ladder"),
     "generation": ("generation", "compare_generation"),
     "classification": ("classification", "compare_classification"),
 }
-TRAINING = ("trainer", "gradients", "processes")  # those that run train.py
+TRAINING = ("trainer", "gradients", "processes", "ladder")  # those that run train.py
 
 
 def check(config: BenchmarkConfig) -> None:

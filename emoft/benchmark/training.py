@@ -1,7 +1,7 @@
 """Contenders that train: by emoft's own loop, and by transformers.Trainer, over the same texts in the same order."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -169,19 +169,24 @@ def run_training(pipe: Connection | None, kind: str, config: BenchmarkConfig, tr
 
 
 def take_all_turns(
-    config: BenchmarkConfig, kinds: Sequence[str]
+    config: BenchmarkConfig, kinds: Sequence[str], run: Callable[..., None] = run_training
 ) -> dict[int, tuple[dict[str, Contender], list[Machine]]]:
     """Let contenders take turns at each batch size; the machine is measured after each round.
+
+    Args:
+        config: of the benchmark.
+        kinds: the contenders.
+        run: is called in the process of each with its pipe, its kind, `config`, and the flags of a training.
 
     Returns:
         By batch size, the contenders by kind, with what their turns took, and what the machine did after each round.
     """
     with Bar("Comparing", "turns", len(config.batch_sizes) * (config.turns + 1) * len(kinds)) as bar:
-        return {batch_size: _take_turns(config, kinds, batch_size, bar) for batch_size in config.batch_sizes}
+        return {batch_size: _take_turns(config, kinds, run, batch_size, bar) for batch_size in config.batch_sizes}
 
 
 def _take_turns(
-    config: BenchmarkConfig, kinds: Sequence[str], batch_size: int, bar: Bar
+    config: BenchmarkConfig, kinds: Sequence[str], run: Callable[..., None], batch_size: int, bar: Bar
 ) -> tuple[dict[str, "Contender"], list[Machine]]:
     precision = Precision(config.mixed_precision, choose_device(config.use_cpu))
     with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +207,7 @@ def _take_turns(
             Contender(
                 kind,
                 Path(folder),
-                run_training,
+                run,
                 kind,
                 config,
                 replace(train_config, output_dir=f"{folder}/{kind}"),

@@ -14,10 +14,20 @@ from emoft.errors import UserError
 
 def use_fast_kernels(model: GPT2LMHeadModel) -> None:
     """Replace modules of a model by faster ones of the same function; configuration and weights stay as they are."""
+    use_fast_gelu(model)
+    use_fast_dropout(model)
+
+
+def use_fast_gelu(model: GPT2LMHeadModel) -> None:
+    """Replace GPT-2's activation, which transformers computes by many small kernels, by one that is a single kernel."""
     if model.config.activation_function == "gelu_new":
         for block in model.transformer.h:
             # The same formula (Hendrycks and Gimpel, 2016, with tanh), by one kernel instead of eight.
             block.mlp.act = nn.GELU(approximate="tanh")  # type: ignore[union-attr]  # a fault of the library's types
+
+
+def use_fast_dropout(model: GPT2LMHeadModel) -> None:
+    """Replace all dropout of a model, but that of the attention's weights, by `Dropout`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
