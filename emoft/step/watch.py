@@ -10,11 +10,10 @@ import io
 import math
 import tempfile
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -22,17 +21,17 @@ import train
 from emoft.checkpoints.search import find_checkpoint
 from emoft.checkpoints.state import TrainingState
 from emoft.config import TrainConfig
-from emoft.data.batching import Batch
 from emoft.data.steps import Step, StepLoader
 from emoft.distributed.world import World
 from emoft.errors import UserError
-from emoft.gradients.leaks import TOLERANCE as UNMOVED
-from emoft.gradients.leaks import hidden_states
 from emoft.gradients.monitor import GradientMonitor, group_blocks
 from emoft.model.loading import TextModel
+from emoft.step.agreements import compare
 from emoft.step.config import StepConfig
-from emoft.step.numbers import Agreement, Cut, Numbers, Prediction, Text, Weight
-from emoft.step.spelling import spell
+from emoft.step.look import Look
+from emoft.step.numbers import Cut, Numbers, Weight
+from emoft.step.texts import Shown, TextReader
+from emoft.step.update import Update
 from emoft.terminal import Bar
 from emoft.tracking.run_state import RunState
 from emoft.training.contrast import LabelContrast
@@ -41,15 +40,7 @@ from emoft.training.nonfinite import NonFiniteGuard
 from emoft.training.randomness import random_state, set_random_state
 from emoft.training.runtime import Runtime
 
-LIKELIEST = 5
-SEEN_TEXTS = 2  # of which it is measured what each place sees: a forward pass for each of their tokens
 NUDGE = 1e-4  # of a weight, for the finite difference
-# How far two numbers may be from each other that must agree, as a share.
-SAME_LOSS = 1e-3  # computed in the step's precision in two ways
-SAME_STEP = 1e-4  # of float32, whose sums are taken in another order
-SAME_GRADIENT = 2e-3  # of float32, against a difference quotient in float64
-SAME_UPDATE = 1e-3  # of float32, against the formula in float64
-ROUNDING = 2.4e-7  # of a weight in float32, which the update is added to: two units in the last place
 
 
 def watch_step(config: StepConfig) -> Numbers:
@@ -89,38 +80,6 @@ def watch_step(config: StepConfig) -> Numbers:
     return numbers
 
 
-@dataclass
-class Look:
-    """What the loop made of the step once."""
-
-    loss: float  # of the loop
-    grad_norm: float
-    hidden: list[Tensor]  # of each micro-batch, (B, T, C)
-    given: list[tuple[Tensor, Tensor, Tensor]]  # likewise targets, places and losses, (K,) each
-    batches: list[Batch]
-    contrast: float  # unweighted
-    weight_gradient: float = math.nan  # of the chosen weight
-    gradient_norms: dict[str, float] = field(default_factory=dict)
-    loss_scale: float = 1.0
-    from_input: float = 0.0  # norm of the part of the embedding's gradient that comes through the model's input
-    from_head: float = 0.0  # and through its head
-    scores: Tensor | None = None  # (B, T, 3 C), queries, keys and values of the first block in the first micro-batch
-    largest_difference: float = 0.0  # of the gradients to those kept, as a share of the largest
-
-    def precise_loss(self, step: Step, weight: float) -> float:
-        """Return the loss of the step in float64: that of the loop, summed anew."""
-        total = sum(float(losses.double().sum()) for losses in self.losses_of_texts())
-        return total / step.tokens + weight * self.contrast
-
-    def losses_of_texts(self) -> list[Tensor]:
-        """Return the losses of each micro-batch without those of rivals; see `training.contrast`."""
-        found = []
-        for batch, (_, places, losses) in zip(self.batches, self.given, strict=True):
-            owners = batch.owners().flatten().to(places.device)[places]
-            found.append(torch.where(owners < batch.examples, losses, 0))
-        return found
-
-
 class WatchedRun:
     """Stands around the loop of train.py instead of `emoft.run.Run`, up to the end of one step."""
 
@@ -155,8 +114,8 @@ class WatchedRun:
             UserError: the run has no such step.
         """
         self.flags, self.config, self.runtime, self.loader = flags, config, runtime, loader
-        self.model, self.tokenizer, self.text_format = text_model.model, text_model.tokenizer, text_model.text_format
-        self.rows = splits["train"]
+        self.model = text_model.model
+        self.reader = TextReader(text_model, splits["train"], config.batching, runtime.precision.dtype)
         self.optimizer, self.schedule = training_state.optimizer, training_state.schedule
         self.label_contrast, self.done = label_contrast, run_state.step
         self.guard = NonFiniteGuard(self.model, self.optimizer, runtime, "stop")
@@ -249,7 +208,7 @@ class WatchedRun:
             )
         with self._in_float32():
             exact = yield from self._once(step)
-        texts = self._shown(step, trained)
+        shown = self.reader.read(step, trained, self.flags.examples)
         contrast = self.config.label_contrast
         quotients = []
         with self._in_float32(), self._in_float64():
@@ -259,17 +218,25 @@ class WatchedRun:
                     nudged = yield from self._once(step)
                 quotients.append(nudged.precise_loss(step, contrast))
         cuts = yield from self._cut_otherwise(step)
-        before = {p: p.detach().clone() for p in self.model.parameters()}
-        state = {name: value.clone() for name, value in self.optimizer.state.get(self.parameter, {}).items()}
-        update = _Update(self, before)
+        assert self.index is not None
+        update = Update(self.optimizer, self.groups, self.parameter, self.index, trained.weight_gradient)
         hook = self.optimizer.register_step_post_hook(update.look)
         yield from self._once(step, applies=True)
         hook.remove()
         with self._in_float32():
             after = yield from self._once(step)
-        fd = (quotients[0] - quotients[1]) / (2 * NUDGE)
-        weight = self._weight(step, trained, exact, fd, state, before[self.parameter], update.after)
-        self.numbers = self._count(step, trained, exact, after, cuts, weight, update, texts)
+        weight = update.weight(
+            self.parameter_name,
+            step.learning_rate,
+            self._clip_factor(trained),
+            exact.weight_gradient,
+            finite_difference=(quotients[0] - quotients[1]) / (2 * NUDGE),
+            nudge=NUDGE,
+        )
+        self.numbers = self._count(step, trained, exact, after, cuts, weight, update, shown)
+
+    def _clip_factor(self, look: Look) -> float:
+        return min(1.0, (self.config.max_grad_norm or math.inf) / look.grad_norm) if look.grad_norm else 1.0
 
     def _once(self, step: Step, closely: bool = False, applies: bool = False) -> Generator[Step, None, Look]:
         """Let the loop compute the step with the same random numbers as at first; return what it made of it."""
@@ -381,15 +348,14 @@ class WatchedRun:
         after: Look,
         cuts: list[Cut],
         weight: Weight,
-        update: "_Update",
-        shown: "_Shown",
+        update: Update,
+        shown: Shown,
     ) -> Numbers:
         precision, config = self.runtime.precision, self.config
         losses = trained.losses_of_texts()
         loss_sum = sum(float(each.double().sum()) for each in losses)
         contrast = config.label_contrast * trained.contrast
         embedding = self.model.transformer.wte.weight
-        group = next(g for g in self.optimizer.param_groups if any(p is self.parameter for p in g["params"]))
         largest_hidden = max(float(each.abs().max()) for each in exact.hidden)
         moved = max(
             float((a.double() - b.double()).abs().max()) for a, b in zip(trained.hidden, exact.hidden, strict=True)
@@ -431,250 +397,14 @@ class WatchedRun:
             clip_factor=self._clip_factor(trained),
             cuts=cuts,
             weight=weight,
-            adam={
-                "beta1": group["betas"][0],
-                "beta2": group["betas"][1],
-                "epsilon": group["eps"],
-                "weight_decay": group["weight_decay"],
-            },
+            adam=update.settings(),
             update_ratios=update.ratios,
             predicted_change=update.predicted,
             loss_after=after.loss,
             agreements=[],
         )
-        numbers.agreements = [
-            _exact("targets", shown.aligned_share, 1.0),
-            _exact("sight", float(shown.seen_wrongly), 0.0),
-            Agreement("losses", shown.largest_difference, 0.0, shown.largest_difference, SAME_LOSS),
-            _share("mean", loss_sum / step.tokens, trained.loss, SAME_LOSS),
-            _share("gradient", weight.finite_difference, weight.gradient_float32, SAME_GRADIENT),
-            *(_cut(cut, cuts[0]) for cut in cuts[1:]),
-            Agreement(
-                "update",
-                weight.update,
-                weight.optimizer_update,
-                abs(weight.update - weight.optimizer_update),
-                SAME_UPDATE * abs(weight.update) + ROUNDING * abs(weight.before),
-            ),
-        ]
+        numbers.agreements = compare(numbers, shown)
         return numbers
-
-    def _clip_factor(self, look: Look) -> float:
-        return min(1.0, (self.config.max_grad_norm or math.inf) / look.grad_norm) if look.grad_norm else 1.0
-
-    @torch.no_grad()
-    def _shown(self, step: Step, look: Look) -> "_Shown":
-        """Return what is told of the texts, while the weights are still as the step found them."""
-        texts = self._texts(step, look)
-        means = [sum(found) / len(found) for text in texts if (found := [x for x in text.losses if x is not None])]
-        shown = texts[: self.flags.examples]
-        predictions, difference = self._predictions(shown, look)
-        return _Shown(
-            shown,
-            sum(means) / len(means),
-            predictions,
-            difference,
-            self._attention(shown, look),
-            replace(step, targets=look.given).aligned_share(),
-            self._sight(shown),
-        )
-
-    def _texts(self, step: Step, look: Look) -> list[Text]:
-        """Return the texts of the step, with what the loss was given of each."""
-        found: list[Text] = []
-        for batch, (targets, places, losses) in zip(step.micro_batches, look.given, strict=True):
-            owners, ids = batch.owners().flatten(), batch.inputs["input_ids"].flatten()
-            positions = batch.inputs.get("position_ids")
-            width = batch.inputs["input_ids"].shape[1]
-            positions = torch.arange(len(ids)) % width if positions is None else positions.flatten()
-            target_of = dict(zip(places.tolist(), zip(targets.tolist(), losses.tolist(), strict=True), strict=True))
-            for number in range(batch.examples):
-                row = step.examples[len(found)]
-                where = (owners == number).nonzero().flatten().tolist()
-                given = [target_of.get(place, (-100, 0.0)) for place in where]
-                of_text = ids[where].tolist()
-                found.append(
-                    Text(
-                        row=row,
-                        text=self._filled(row),
-                        ids=of_text,
-                        tokens=spell(self.tokenizer, of_text),
-                        positions=positions[where].tolist(),
-                        targets=[None if target == -100 else target for target, _ in given],
-                        losses=[None if target == -100 else loss for target, loss in given],
-                        target_tokens=[
-                            None if target == -100 else spell(self.tokenizer, [target])[0] for target, _ in given
-                        ],
-                    )
-                )
-        return found
-
-    def _filled(self, row: int) -> str:
-        example = self.rows[row]
-        return self.text_format.fill(example["text"], example.get("label", ""))
-
-    def _predictions(self, shown: list[Text], look: Look) -> tuple[list[Prediction], float]:
-        """Return what the model expects at the hardest and the easiest place of the texts shown.
-
-        And how far the loop's losses are from those of `F.cross_entropy`, at most; all in the precision of the step.
-        """
-        head = self.model.lm_head.weight
-        found: list[Prediction] = []
-        difference, number = 0.0, 0
-        for batch, hidden, (targets, places, losses) in zip(look.batches, look.hidden, look.given, strict=True):
-            dtype = self.runtime.precision.dtype
-            rows = hidden.flatten(0, 1)[places]
-            logits = (rows.to(dtype) @ head.to(dtype).T).float()  # (K, V)
-            by_formula = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-            difference = max(difference, float((by_formula - losses).abs().max()))
-            owners = batch.owners().flatten().to(places.device)[places]
-            for text in range(batch.examples):
-                if number == len(shown):
-                    break
-                mine = ((owners == text) & (targets != -100)).nonzero().flatten()
-                start = int((batch.owners().flatten() == text).nonzero()[0])
-                if len(mine):
-                    by_loss = losses[mine].argsort()
-                    for k in dict.fromkeys([int(mine[by_loss[-1]]), int(mine[by_loss[0]])]):
-                        chances = logits[k].softmax(-1)
-                        top = chances.topk(min(LIKELIEST, len(chances)))
-                        found.append(
-                            Prediction(
-                                number,
-                                int(places[k]) - start,
-                                spell(self.tokenizer, top.indices.tolist()),
-                                top.values.tolist(),
-                                spell(self.tokenizer, [int(targets[k])])[0],
-                                float(chances[targets[k]]),
-                                float(losses[k]),
-                            )
-                        )
-                number += 1
-        return found, difference
-
-    def _attention(self, shown: list[Text], look: Look) -> list[list[list[float]]]:
-        """Return where each place of the shown texts of the first micro-batch looks in the first block."""
-        if look.scores is None:
-            return []
-        attention: Any = self.model.transformer.h[0]
-        heads, width = attention.attn.num_heads, attention.attn.head_dim
-        values, batch = look.scores.float().flatten(0, -2), look.batches[0]
-        owners, maps = batch.owners().flatten(), []
-        for number in range(min(len(shown), batch.examples)):
-            rows = values[(owners == number).nonzero().flatten()]
-            query, key = (part.view(len(rows), heads, width).transpose(0, 1) for part in rows.chunk(3, -1)[:2])
-            later = torch.ones(len(rows), len(rows), dtype=torch.bool, device=rows.device).triu(1)
-            scores = (query @ key.transpose(1, 2) * width**-0.5).masked_fill(later, -math.inf)
-            maps.append(scores.softmax(-1).mean(0).tolist())
-        return maps
-
-    @torch.no_grad()
-    def _sight(self, shown: list[Text]) -> int:
-        """Change each token of the first texts shown, and count which places it moves; then how many do not fit."""
-        way = self.config.batching
-        texts = [text.ids for text in shown[:SEEN_TEXTS]]
-        for text in shown[:SEEN_TEXTS]:
-            text.sees = [0] * len(text.ids)
-        self.model.eval()
-        states = hidden_states(self.model, texts, way)
-        scale, wrong = max(float(each.abs().max()) for each in states), 0
-        for number, ids in enumerate(texts):
-            for place in range(len(ids)):
-                changed = [list(each) for each in texts]
-                changed[number][place] = (ids[place] + 1 + place) % self.model.config.vocab_size
-                moved = [
-                    (b - a).abs().amax(-1) / scale
-                    for a, b in zip(states, hidden_states(self.model, changed, way), strict=True)
-                ]
-                for other, moves in enumerate(moved):
-                    for t, move in enumerate(moves.tolist()):
-                        is_own = other == number and t >= place
-                        sees = move > (0.0 if is_own else UNMOVED)
-                        wrong += sees != is_own
-                        shown[other].sees[t] += sees
-        self.model.train()
-        return wrong
-
-    def _weight(
-        self,
-        step: Step,
-        trained: Look,
-        exact: Look,
-        finite_difference: float,
-        state: dict[str, Tensor],
-        before: Tensor,
-        new: float,
-    ) -> Weight:
-        """Compute AdamW's update of the chosen weight by the formula, in float64 (Loshchilov and Hutter, 2019)."""
-        assert self.index is not None
-        group = next(g for g in self.optimizer.param_groups if any(p is self.parameter for p in g["params"]))
-        (beta1, beta2), epsilon, decay = group["betas"], group["eps"], group["weight_decay"]
-        now = self.optimizer.state[self.parameter]
-        m0, v0 = (float(state[name][self.index]) if state else 0.0 for name in ("exp_avg", "exp_avg_sq"))
-        old, steps = float(before[self.index]), int(now["step"])
-        gradient = trained.weight_gradient * self._clip_factor(trained)
-        m, v = beta1 * m0 + (1 - beta1) * gradient, beta2 * v0 + (1 - beta2) * gradient**2
-        m_hat, v_hat = m / (1 - beta1**steps), v / (1 - beta2**steps)
-        lost = step.learning_rate * decay * old
-        return Weight(
-            name=self.parameter_name,
-            index=list(self.index),
-            gradient=trained.weight_gradient,
-            gradient_float32=exact.weight_gradient,
-            finite_difference=finite_difference,
-            nudge=NUDGE,
-            before=old,
-            after=new,
-            m_before=m0,
-            v_before=v0,
-            m=m,
-            v=v,
-            m_hat=m_hat,
-            v_hat=v_hat,
-            decay=-lost,
-            update=-lost - step.learning_rate * m_hat / (math.sqrt(v_hat) + epsilon),
-            optimizer_update=new - old,
-            steps=steps,
-        )
-
-
-@dataclass
-class _Shown:
-    texts: list[Text]
-    mean_of_means: float
-    predictions: list[Prediction]
-    largest_difference: float  # of a loss to the formula's
-    attention: list[list[list[float]]]
-    aligned_share: float
-    seen_wrongly: int  # places that see what they must not, or do not see what they must
-
-
-class _Update:
-    """Looks at the weights right after AdamW has changed them, while the gradients are still there."""
-
-    def __init__(self, run: WatchedRun, before: dict[nn.Parameter, Tensor]) -> None:
-        self.run, self.before = run, before
-        self.ratios: dict[str, float] = {}
-        self.predicted = 0.0  # change of the loss, to first order
-        self.after = math.nan  # of the chosen weight
-
-    @torch.no_grad()
-    def look(self, *arguments: object) -> None:
-        """Measure the update: a hook of the optimizer."""
-        run, index, seen = self.run, self.run.index, self.run.seen
-        assert index is not None and run.parameter.grad is not None
-        self.after = float(run.parameter[index])
-        # AdamW's kernel may leave the gradients clipped, or as they were: the chosen one tells which.
-        left = float(run.parameter.grad[index]) / seen.weight_gradient
-        for name, parameters in run.groups.items():
-            changes = [p - self.before[p] for p in parameters]
-            size = math.hypot(*(float(self.before[p].norm()) for p in parameters))
-            self.ratios[name] = math.hypot(*(float(change.norm()) for change in changes)) / (size or math.inf)
-            self.predicted += sum(
-                float((p.grad.double() * change.double()).sum()) / left
-                for p, change in zip(parameters, changes, strict=True)
-                if p.grad is not None
-            )
 
 
 @contextlib.contextmanager
@@ -688,18 +418,3 @@ def _nudged(parameter: nn.Parameter, index: tuple[int, ...], by: float) -> Itera
     finally:
         with torch.no_grad():
             parameter[index] = before
-
-
-def _exact(name: str, one: float, other: float) -> Agreement:
-    return Agreement(name, one, other, abs(one - other), 0.0)
-
-
-def _cut(cut: Cut, first: Cut) -> Agreement:
-    """Compare a way to cut the step to the first one, by its loss and by all gradients."""
-    difference = max(cut.difference, abs(cut.loss - first.loss) / first.loss)
-    return Agreement(f"cut_{cut.micro_batches}x{cut.size}", cut.loss, first.loss, difference, SAME_STEP)
-
-
-def _share(name: str, one: float, other: float, tolerance: float) -> Agreement:
-    """Compare two numbers; the difference is a share of the larger one."""
-    return Agreement(name, one, other, abs(one - other) / (max(abs(one), abs(other)) or 1.0), tolerance)
