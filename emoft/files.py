@@ -48,12 +48,14 @@ def make_folder(path: Path) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON beside the target and rename it, so that a reader never sees half a file.
+    """Write JSON, whole or not at all. Numbers that JSON has no word for (NaN, infinite) become null."""
+    write_text(path, json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n")
 
-    Numbers that JSON has no word for (NaN, infinite) become null.
-    """
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text beside the target and rename it, so that a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -99,7 +99,7 @@ class Command:
     examples: dict[str, str]  # command lines, and what each is for
     presets: Path | None = None  # the folder of the YAML files that --config takes by name; None: there is no --config
     # Where no --config is given: which one is meant, by the flags that are given, and which of its flags do not count.
-    default_config: "Callable[[Mapping[str, Any]], tuple[str, Collection[str]]] | None" = None
+    default_config: Callable[[Mapping[str, Any]], tuple[str, Collection[str]]] | None = None
     file_flag: str = ""  # the flag that a file without one was probably meant for
     text_flag: str = ""  # the flag that any other word without one was probably meant for
 

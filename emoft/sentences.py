@@ -13,14 +13,15 @@ FALLBACK = "en"
 @cache
 def read_sentences(language: str) -> dict[str, str]:
     """Return all sentences of a language by their keys, such as "step.shift.title"."""
-    return _flat(yaml.safe_load((FOLDER / f"{language}.yaml").read_text(encoding="utf-8")))
+    text = (FOLDER / f"{language}.yaml").read_text(encoding="utf-8")
+    return _flat(yaml.load(text, Loader=yaml.BaseLoader))  # text only: YAML's own types make a false of the key "off"
 
 
 def _flat(content: dict[str, Any], before: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in content.items():
         key = f"{before}{name}"
-        found |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: str(value).strip()}
+        found |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value.strip()}
     return found
 
 

@@ -27,7 +27,7 @@ PACKED, HALF, AT_TARGETS, FUSED_LOSS = "packed", "half precision", "logits at ta
 GELU, DROPOUT, MEMORY = "GELU by one kernel", "fast random numbers for dropout", "memory kept"
 FUSED_ADAMW, CLIPPING = "fused AdamW", "clipping in AdamW's pass"
 RUNGS = (PLAIN, PACKED, HALF, AT_TARGETS, FUSED_LOSS, GELU, DROPOUT, MEMORY, FUSED_ADAMW, CLIPPING)
-AT_ONCE = 4  # rungs that take turns with each other
+NEW_ONES = 3  # rungs of a window, beside the two that they are compared with
 
 
 @dataclass
@@ -129,11 +129,14 @@ def _steps(texts: int, config: TrainConfig) -> Iterator[list[int]]:
 
 
 def windows(rungs: list[str]) -> list[list[str]]:
-    """Return the rungs that take turns with each other; the last ones of a window are the first of the next.
+    """Return the rungs that take turns with each other: the plain loop, the last one of the window before, new ones.
 
     All of them at once would hold ten copies of the model, of its gradients and of AdamW's means in memory.
     """
-    return [rungs[start : start + AT_ONCE] for start in range(0, len(rungs) - 1, AT_ONCE - 1)]
+    return [
+        [*dict.fromkeys([rungs[0], rungs[start - 1], *rungs[start : start + NEW_ONES]])]
+        for start in range(1, len(rungs), NEW_ONES)
+    ]
 
 
 def compare_ladder(config: BenchmarkConfig) -> Report:
@@ -152,18 +155,21 @@ def compare_ladder(config: BenchmarkConfig) -> Report:
 
 
 def add_rows(rows: list[Row], batch_size: int, contenders: dict[str, Contender]) -> None:
-    """Add those of a window to the table of a batch size; the first one of a later window stands there already.
+    """Add the rungs of a window to the table of a batch size that are not in it yet.
 
-    A gain is measured between two that took turns; the gain over the plain loop is the product of all so far.
+    A gain is the median over the turns of the ratio in each, since the steps of a turn have the same texts.
     """
-    times = {name: statistics.median(contender.seconds) for name, contender in contenders.items()}
-    before = next(iter(times.values()))
-    for name, seconds in list(times.items())[1 if rows else 0 :]:
-        peak = contenders[name].peak
-        memory = None if peak is None else peak / 2**30
-        to_plain = before / seconds * (rows[-1].to_plain if rows else 1.0)
-        rows.append(Row(batch_size, name, seconds, before / seconds, to_plain, memory))
-        before = seconds
+    plain = before = next(iter(contenders.values()))
+    for name, contender in contenders.items():
+        if name not in {row.rung for row in rows}:
+            memory = None if contender.peak is None else contender.peak / 2**30
+            seconds = statistics.median(contender.seconds)
+            rows.append(Row(batch_size, name, seconds, _gain(before, contender), _gain(plain, contender), memory))
+        before = contender
+
+
+def _gain(slow: Contender, fast: Contender) -> float:
+    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds, strict=True))
 
 
 def format_table(rows: list[Row]) -> str:

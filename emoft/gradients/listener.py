@@ -90,23 +90,17 @@ class Listener:
 
     def _attention_hook(self, name: str, attention: Any) -> Any:
         """Compute the scores of attention once more: what computes it keeps none."""
-        heads, width = attention.num_heads, attention.head_dim
-        scaling = float(getattr(attention, "scaling", width**-0.5))
 
         def look_at_scores(values: Tensor) -> tuple[Tensor, list[Tensor]]:
             """Return the largest score and the entropies as shares of what is possible, by text."""
             largest, entropies = values.new_tensor(-math.inf), []
             for places in self._places[0]:
-                rows = values[places]  # (T, 3 C)
-                query, key = (part.view(len(rows), heads, width).transpose(0, 1) for part in rows.chunk(3, -1)[:2])
-                scores = query @ key.transpose(1, 2) * scaling  # (H, T, T)
-                hidden = torch.ones(len(rows), len(rows), dtype=torch.bool, device=rows.device).triu(1)
-                scores = scores.masked_fill(hidden, -math.inf)
+                scores = attention_scores(attention, values[places])  # (H, T, T)
                 largest = torch.maximum(largest, scores.max())
-                if len(rows) > 1:
+                if len(places) > 1:
                     chances = scores.softmax(-1)[:, 1:]
                     entropy = -(chances * chances.clamp_min(1e-30).log()).sum(-1)  # (H, T - 1) nats
-                    choices = torch.arange(2, len(rows) + 1, device=rows.device).log()
+                    choices = torch.arange(2, len(places) + 1, device=values.device).log()
                     entropies.append((entropy / choices).flatten())
             return largest, entropies
 
@@ -145,6 +139,20 @@ class Listener:
             self.squares[number] = known.to(found.device) + found if len(known) else found
 
         output.register_hook(look)
+
+
+def attention_scores(attention: Any, rows: Tensor) -> Tensor:
+    """Return the scores of a text's attention, (H, T, T), before softmax; -inf where a place must not look.
+
+    Args:
+        attention: the layer.
+        rows: (T, 3 C) of a single text, what `c_attn` makes of it: queries, keys and values.
+    """
+    heads, width = attention.num_heads, attention.head_dim
+    scaling = float(getattr(attention, "scaling", width**-0.5))
+    query, key = (part.view(len(rows), heads, width).transpose(0, 1) for part in rows.chunk(3, -1)[:2])
+    later = torch.ones(len(rows), len(rows), dtype=torch.bool, device=rows.device).triu(1)
+    return (query @ key.transpose(1, 2) * scaling).masked_fill(later, -math.inf)
 
 
 def _sum_of(total: Tensor, count: int) -> Tensor:

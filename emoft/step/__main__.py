@@ -9,7 +9,7 @@ from pathlib import Path
 from emoft import start
 from emoft.config import TrainConfig
 from emoft.errors import UserError, run
-from emoft.files import finite
+from emoft.files import finite, write_text
 from emoft.step.config import StepConfig
 
 
@@ -37,20 +37,21 @@ def main(config: StepConfig) -> int:
     start.loading(sys.stderr)
     from emoft.step.page import write_page  # here, and below: they take seconds
     from emoft.step.story import tell
-    from emoft.step.terminal import write_text
+    from emoft.step.terminal import describe
     from emoft.step.watch import watch_step
 
     start.libraries_are_loaded()
     numbers = watch_step(config)
     story = tell(numbers, config.language)
+    print(json.dumps(finite(numbers.as_json()), indent=2, ensure_ascii=False) if config.json else describe(story))
     if config.output:
-        path = Path(config.output)
+        sys.stdout.flush()  # what is known is shown before the file may fail
         try:
-            path.write_text(write_page(story), encoding="utf-8")
+            write_text(Path(config.output), write_page(story))
         except OSError as error:
-            raise UserError(f"--output {path} cannot be written ({error.strerror}): name another file") from None
-    print(json.dumps(finite(numbers.as_json()), indent=2, ensure_ascii=False) if config.json else write_text(story))
-    if config.output:
+            raise UserError(
+                f"--output {config.output} cannot be written ({error.strerror}): make room, or name another file"
+            ) from None
         print(f"saved {config.output}", file=sys.stderr)
     return 0 if numbers.agrees else 1
 

@@ -1,6 +1,7 @@
 """The numbers of a step as a story in ten parts: sentences, figures, the lines of train.py, formulas and sources."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,39 +98,27 @@ FORMULAS = {
     ),
     "after": ("L(w + u) - L(w) = g . u + terms of higher order", "Taylor, 1715"),
 }
-# By part, pieces of the lines of train.py's loop that do it.
+# By part, expressions that find the lines of train.py's loop that do it.
 LINES = {
-    "texts": ["for step in run.steps():"],
-    "row": ["hidden = "],
-    "shift": ["targets = "],
-    "loss": ["losses = ", "loss = "],
-    "backward": [".backward()"],
-    "precision": ["with precision.autocast():", "scaler.unscale_("],
-    "clipping": ["grad_norm = "],
-    "accumulation": ["for number, batch in enumerate("],
-    "adamw": ["scaler.step(", "schedule.step()"],
-    "after": ["optimizer.zero_grad(", "if run.finish_step("],
+    "texts": [r"for step in run\.steps"],
+    "row": [r"\bhidden = "],
+    "shift": [r"\btargets = "],
+    "loss": [r"\blosses = ", r"\bloss = "],
+    "backward": [r"\.backward\("],
+    "precision": [r"precision\.autocast\(", r"scaler\.unscale_\("],
+    "clipping": [r"\bgrad_norm = "],
+    "accumulation": [r"in enumerate\(step\.micro_batches"],
+    "adamw": [r"scaler\.step\(", r"schedule\.step\("],
+    "after": [r"optimizer\.zero_grad\(", r"run\.finish_step\("],
 }
 
 
 def lines_of_the_loop(part: str) -> list[str]:
     """Return the lines of train.py, as it is now, that do a part of a step; without their comments."""
-    source = Path(train.__file__).read_text(encoding="utf-8")
-    loop = source.partition("in run.steps():")
-    lines = (loop[0].rsplit("\n", 1)[-1] + loop[1] + loop[2]).splitlines()
-    found = []
-    for piece in LINES[part]:
-        line = next(
-            (
-                each
-                for each in lines
-                if each.strip().startswith(piece) or (piece[0] == "." and piece in each and "#" not in each)
-            ),
-            None,
-        )
-        if line is not None:
-            found.append(line.strip().partition("  #")[0])
-    return found
+    lines = [line.partition("#")[0].strip() for line in Path(train.__file__).read_text(encoding="utf-8").splitlines()]
+    start = next((number for number, line in enumerate(lines) if re.search(LINES["texts"][0], line)), 0)
+    found = (next((line for line in lines[start:] if re.search(piece, line)), "") for piece in LINES[part])
+    return [line for line in found if line]
 
 
 def short(number: float) -> str:
@@ -224,9 +213,14 @@ def _also(part: str, n: Numbers, say: Sentences, values: dict[str, object]) -> s
 
 
 def _figures(n: Numbers, say: Sentences) -> dict[str, list[Figure]]:
-    label = lambda name: say(f"step.label.{name}")  # noqa: E731
+
+    def label(name: str) -> str:
+        return say(f"step.label.{name}")
+
     none = label("none")
-    texts, rows, shifts = [], [], []
+    texts: list[Figure] = []
+    rows: list[Figure] = []
+    shifts: list[Figure] = []
     for text in n.texts:
         caption = f"{label('row')} {text.row}: {text.text}"
         texts.append(Aligned(caption, [(label("token"), text.tokens), (label("id"), [str(i) for i in text.ids])]))
@@ -244,9 +238,9 @@ def _figures(n: Numbers, say: Sentences) -> dict[str, list[Figure]]:
     ]
     w = n.weight
     return {
-        "texts": [*texts],
+        "texts": texts,
         "row": [*rows, *pictures],
-        "shift": [*shifts],
+        "shift": shifts,
         "loss": [
             Table(
                 [label("place"), label("likeliest"), label("target"), label("probability"), label("loss")],

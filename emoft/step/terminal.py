@@ -10,7 +10,7 @@ MARGIN = "   "
 BAR = 10  # cells
 
 
-def write_text(story: Story, width: int = WIDTH) -> str:
+def describe(story: Story, width: int = WIDTH) -> str:
     """Return the story as lines of text, about as wide as told."""
     lines = [story.title, *_wrapped(story.about, width)]
     for part in story.parts:

@@ -1,6 +1,5 @@
 """The texts of a step: their tokens and targets, what the model expects after them, and what each place sees."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from emoft.data.batching import IGNORED
 from emoft.data.steps import Step
 from emoft.gradients.leaks import TOLERANCE as UNMOVED
 from emoft.gradients.leaks import hidden_states
+from emoft.gradients.listener import attention_scores
 from emoft.model.loading import TextModel
 from emoft.step.look import Look
 from emoft.step.numbers import Prediction, Text
@@ -138,41 +138,30 @@ class TextReader:
         """Return where each place of the shown texts of the first micro-batch looks in the first block."""
         if look.scores is None:
             return []
-        attention: Any = self.text_model.model.transformer.h[0]
-        heads, width = attention.attn.num_heads, attention.attn.head_dim
+        block: Any = self.text_model.model.transformer.h[0]
         values, batch = look.scores.float().flatten(0, -2), look.batches[0]
-        owners, maps = batch.owners().flatten(), []
-        for number in range(min(len(shown), batch.examples)):
-            rows = values[(owners == number).nonzero().flatten()]
-            query, key = (part.view(len(rows), heads, width).transpose(0, 1) for part in rows.chunk(3, -1)[:2])
-            later = torch.ones(len(rows), len(rows), dtype=torch.bool, device=rows.device).triu(1)
-            scores = (query @ key.transpose(1, 2) * width**-0.5).masked_fill(later, -math.inf)
-            maps.append(scores.softmax(-1).mean(0).tolist())
-        return maps
+        owners = batch.owners().flatten()
+        rows = [values[(owners == text).nonzero().flatten()] for text in range(min(len(shown), batch.examples))]
+        return [attention_scores(block.attn, each).softmax(-1).mean(0).tolist() for each in rows]
 
     @torch.no_grad()
     def _sight(self, shown: list[Text]) -> int:
         """Change each token of the first texts shown, and count which places it moves; then how many do not fit."""
-        way = self.batching
-        texts = [text.ids for text in shown[:SEEN_TEXTS]]
+        model, texts = self.text_model.model, [text.ids for text in shown[:SEEN_TEXTS]]
         for text in shown[:SEEN_TEXTS]:
             text.sees = [0] * len(text.ids)
-        self.text_model.model.eval()
-        states = hidden_states(self.text_model.model, texts, way)
-        scale, wrong = max(float(each.abs().max()) for each in states), 0
-        for number, ids in enumerate(texts):
-            for place in range(len(ids)):
-                changed = [list(each) for each in texts]
-                changed[number][place] = (ids[place] + 1 + place) % self.text_model.model.config.vocab_size
-                moved = [
-                    (b - a).abs().amax(-1) / scale
-                    for a, b in zip(states, hidden_states(self.text_model.model, changed, way), strict=True)
-                ]
-                for other, moves in enumerate(moved):
-                    for t, move in enumerate(moves.tolist()):
-                        is_own = other == number and t >= place
-                        sees = move > (0.0 if is_own else UNMOVED)
-                        wrong += sees != is_own
-                        shown[other].sees[t] += sees
-        self.text_model.model.train()
+        model.eval()
+        before, wrong = hidden_states(model, texts, self.batching), 0
+        scale = max(float(states.abs().max()) for states in before)
+        for number, place in ((number, place) for number, ids in enumerate(texts) for place in range(len(ids))):
+            changed = [list(ids) for ids in texts]
+            changed[number][place] = (changed[number][place] + 1 + place) % model.config.vocab_size
+            after = hidden_states(model, changed, self.batching)
+            for other, text in enumerate(shown[:SEEN_TEXTS]):
+                moves = ((after[other] - before[other]).abs().amax(-1) / scale).tolist()  # (T,)
+                must_see = [other == number and t >= place for t in range(len(moves))]
+                sees = [move > (0.0 if must else UNMOVED) for move, must in zip(moves, must_see, strict=True)]
+                wrong += sum(one != must for one, must in zip(sees, must_see, strict=True))
+                text.sees = [count + one for count, one in zip(text.sees, sees, strict=True)]
+        model.train()
         return wrong

@@ -164,7 +164,7 @@ class WatchedRun:
                     self.done += 1
                     bar.advance()
         step = next(iter(self.loader.after(self.done)))
-        with Bar(f"Computing step {self.number} in several ways") as self._bar:
+        with Bar(f"Computing step {self.number} in several ways"):
             yield from self._watch(step)
 
     def _begin(self, step: Step) -> None:
@@ -272,24 +272,27 @@ class WatchedRun:
         look.loss_scale = step.loss_scale
         look.contrast = self.label_contrast.of_last_step(self.runtime.world).get("label_contrast", 0.0)
         assert self.parameter.grad is not None
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # The loop may have clipped them already, as by clip_grad_norm_: all is told of them as they were before.
+        norm_now = float(nn.utils.get_total_norm(gradients))
+        unclipped = look.grad_norm / norm_now if norm_now else 1.0
         if self.index is None:
             place = int(self.parameter.grad.abs().argmax())
             self.index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), self.parameter.shape))
-        look.weight_gradient = float(self.parameter.grad[self.index])
+        look.weight_gradient = float(self.parameter.grad[self.index]) * unclipped
         if self._looks_closely:
             for name, parameters in self.groups.items():
                 norms = [p.grad.norm() for p in parameters if p.grad is not None]
-                look.gradient_norms[name] = float(torch.stack(norms).norm()) if norms else 0.0
+                look.gradient_norms[name] = float(torch.stack(norms).norm()) * unclipped if norms else 0.0
             rows = torch.zeros_like(self.model.transformer.wte.weight)
             for ids, gradient in self._embedding:
                 rows.index_add_(0, ids.flatten(), gradient.flatten(0, -2).to(rows.dtype) / step.loss_scale)
             head = self.model.lm_head.weight  # the embedding itself, if it is tied
             assert head.grad is not None
             is_tied = head is self.model.transformer.wte.weight
-            look.from_input, look.from_head = float(rows.norm()), float((head.grad - rows * is_tied).norm())
+            look.from_input, look.from_head = float(rows.norm()), float((head.grad * unclipped - rows * is_tied).norm())
             look.scores = self._scores[0] if self._scores else None
         if self._kept is not None:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             if not self._kept:
                 self._kept = [gradient.clone() for gradient in gradients]
             pairs = list(zip(gradients, self._kept, strict=True))

@@ -1,6 +1,5 @@
 """The ladder: each rung computes the same step, and the command tells what each brings."""
 
-import copy
 import json
 import os
 import subprocess
@@ -42,26 +41,29 @@ def test_each_rung_is_the_same_step(still_model: Path, name: str) -> None:
 
 def test_each_rung_adds_one_thing() -> None:
     assert len(set(RUNGS)) == len(RUNGS) == 10
-    contender = copy.copy(Contender.__new__(Contender))
-    contender.peak = 2**30
-    slow, fast = copy.copy(contender), copy.copy(contender)
-    slow.seconds, fast.seconds = [4.0, 2.0, 3.0], [1.5, 1.0, 2.0]
-    third = copy.copy(contender)
-    third.seconds = [1.0]
     rows: list[Row] = []
-    add_rows(rows, 4, {RUNGS[0]: slow, RUNGS[1]: fast})
-    fast.seconds = [2.0]  # in the turns of the next window all is slower, but not by the rung
-    add_rows(rows, 4, {RUNGS[1]: fast, RUNGS[2]: third})
+    add_rows(rows, 4, {RUNGS[0]: measured(4.0, 6.0), RUNGS[1]: measured(2.0, 3.0)})
+    # In the turns of the next window all is slower, but not by the rung.
+    add_rows(rows, 4, {RUNGS[0]: measured(8.0, 9.0), RUNGS[1]: measured(4.0, 6.0), RUNGS[2]: measured(1.0, 2.0)})
     plain, second, last = rows
-    assert (plain.seconds_per_step, plain.to_rung_before, plain.to_plain) == (3.0, 1.0, 1.0)
-    assert (second.seconds_per_step, second.to_rung_before, second.to_plain) == (1.5, 2.0, 2.0)
-    assert (last.seconds_per_step, last.to_rung_before, last.to_plain) == (1.0, 2.0, 4.0)
-    assert second.peak_memory_gib == 1.0
+    assert (plain.seconds_per_step, plain.to_rung_before, plain.to_plain) == (5.0, 1.0, 1.0)
+    assert (second.seconds_per_step, second.to_rung_before, second.to_plain) == (2.5, 2.0, 2.0)
+    assert (last.seconds_per_step, last.to_rung_before, last.to_plain) == (1.5, 3.5, 6.25)
+    assert last.peak_memory_gib == 1.0
     for rungs in (list(RUNGS), list(RUNGS[:9])):
         found = windows(rungs)
-        assert [name for window in found for name in window[1:]] == rungs[1:]
-        assert all(one[-1] == other[0] for one, other in zip(found, found[1:], strict=False))
-        assert min(map(len, found)) > 1
+        assert list(dict.fromkeys(name for window in found for name in window)) == rungs
+        for window in found:
+            assert window[0] == rungs[0]
+            new = rungs.index(window[-1])
+            assert rungs[new - 1] in window, "each is compared with the one before"
+
+
+def measured(*seconds: float) -> Contender:
+    """A contender that has taken its turns."""
+    contender = Contender.__new__(Contender)
+    contender.seconds, contender.peak = list(seconds), 2**30
+    return contender
 
 
 def test_the_command_climbs_it(tiny_model: Path, tmp_path: Path) -> None:

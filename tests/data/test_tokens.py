@@ -11,7 +11,7 @@ from transformers import GPT2Tokenizer
 from emoft.config import TrainConfig
 from emoft.data.reading import read_splits
 from emoft.data.template import TextFormat
-from emoft.data.tokens import check_room, checksum, describe_cut, encode, tokenize, unigram_entropy
+from emoft.data.tokens import check_room, checksum, cut_share, describe_cut, encode, tokenize, unigram_entropy
 from emoft.errors import UserError
 
 
@@ -126,6 +126,8 @@ def test_cut_texts_are_told(split: Callable[..., Dataset], tiny_model: Path) -> 
     assert describe_cut(split(texts, narrow), narrow, "train") == (
         f"train: 2 of 3 texts (66.7%) are cut by --max_length 12; the longest has {longest} tokens"
     )
+    shares = [cut_share(split(texts, each), each.max_length) for each in (roomy, narrow, tight)]
+    assert shares == pytest.approx([0, 2 / 3, 1])
     assert "3 of 3 texts (100.0%) are cut by --max_length 3, so that no text teaches where to end" in describe_cut(
         split(texts, tight), tight, "train"
     )

@@ -264,6 +264,11 @@ def test_the_schedule_that_the_flags_ask_for(schedule: str) -> None:
     assert names({**curves, "train/learning_rate": right}, **flags) & wrong
 
 
+def test_texts_that_are_cut() -> None:
+    assert names({"data/cut_texts": {5: 0.6}}) == {"texts_cut"}
+    assert names({"data/cut_texts": {5: 0.5}}) == set()
+
+
 def test_a_decay_that_the_learning_rate_makes_large_is_no_cause() -> None:
     curves = {"train/loss": dict.fromkeys(range(1, 4), 5.0)}
     assert "weights_decay" in names(curves, learning_rate=0.01, weight_decay=1.0)

@@ -38,13 +38,12 @@ def test_each_language_says_all_with_the_same_fields() -> None:
 
 
 def test_what_is_missing_is_said_in_english(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "en.yaml").write_text("a: {b: one {n}, c: two}")
-    (tmp_path / "en.yaml").write_text('a:\n  b: "one {n}"\n  c: two\n')
+    (tmp_path / "en.yaml").write_text('a:\n  b: "one {n}"\n  c: two\n  off: "no"\n')
     (tmp_path / "xx.yaml").write_text('a:\n  b: "un {n}"\n')
     monkeypatch.setattr("emoft.sentences.FOLDER", tmp_path)
     read_sentences.cache_clear()
     say = Sentences("xx")
-    assert (say("a.b", n=1), say("a.c")) == ("un 1", "two")
+    assert (say("a.b", n=1), say("a.c"), say("a.off")) == ("un 1", "two", "no")
     read_sentences.cache_clear()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, Result
 from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 TRAIN = (ROOT / "train.py").read_text(encoding="utf-8")
 
@@ -126,6 +127,17 @@ def test_all_that_must_agree_does(numbers, others: dict[str, object]) -> None:
     assert found["clip_factor"] == pytest.approx(min(1, (others.get("max_grad_norm", 1) or 1e9) / found["grad_norm"]))
 
 
+def edited(folder: Path, source: str) -> Path:
+    """A script that runs the command with another train.py."""
+    (folder / "train.py").write_text(source, encoding="utf-8")
+    (folder / "edited.py").write_text(
+        f"import runpy, sys\nsys.path[:0] = [{str(folder)!r}, {str(ROOT)!r}]\n"
+        "runpy.run_module('emoft.step', run_name='__main__', alter_sys=True)\n",
+        encoding="utf-8",
+    )
+    return folder / "edited.py"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "fails"),
     [
@@ -142,19 +154,60 @@ def test_an_edit_of_the_loop_is_seen(
     run: Callable[..., Result], flags: dict[str, object], tmp_path: Path, before: str, after: str, fails: str
 ) -> None:
     assert TRAIN.count(before) == 1
-    (tmp_path / "train.py").write_text(TRAIN.replace(before, after), encoding="utf-8")
-    (tmp_path / "edited.py").write_text(
-        f"import runpy, sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
-        "runpy.run_module('emoft.step', run_name='__main__', alter_sys=True)\n",
-        encoding="utf-8",
-    )
+    script = edited(tmp_path, TRAIN.replace(before, after))
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_grad_norm": 0.01}
-    result = run(tmp_path / "edited.py", *words(flags, **sizes), "--json")
+    result = run(script, *words(flags, **sizes), "--json")
     assert result.code == 1, result.err
     assert fails in [each["name"] for each in json.loads(result.out)["agreements"] if not each["holds"]]
-    said = run(tmp_path / "edited.py", *words(flags, **sizes))
+    said = run(script, *words(flags, **sizes))
     assert said.code == 1 and "[DOES NOT AGREE]" in said.out
     assert after in said.out or ";" in after, "the line as it is now"
+
+
+def test_another_way_to_clip_agrees_and_to_clip_scaled_gradients_does_not(
+    run: Callable[..., Result], flags: dict[str, object], tmp_path: Path
+) -> None:
+    clips = "clip_in_next_step(optimizer, config.max_grad_norm)"
+    unscales = "            scaler.unscale_(optimizer)"
+    measures = "            monitor.measure_gradients()"
+    sound = TRAIN.replace(clips, "torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)")
+    late = TRAIN.replace(unscales, "            pass").replace(measures, unscales + "; monitor.measure_gradients()")
+    for code, source in ((0, sound), (1, late)):
+        assert source != TRAIN
+        result = run(edited(tmp_path, source), *words(flags, max_grad_norm=0.01, mixed_precision="fp16"), "--json")
+        assert result.code == code, result.err or result.out
+    assert "gradient" in [each["name"] for each in json.loads(result.out)["agreements"] if not each["holds"]]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"per_device_train_batch_size": 7, "examples": 100},
+        {"max_length": 2, "no_append_eos": "", "template": "{text}"},
+        {"step": 6, "max_train_samples": 9, "per_device_train_batch_size": 4},
+        {"weight_decay": 0, "lr_scheduler_type": "cosine", "warmup_steps": 0},
+    ],
+    ids=["a prime number of texts, all shown", "texts of two tokens", "the last step", "no decay"],
+)
+def test_odd_steps_are_shown_too(
+    run: Callable[..., Result], flags: dict[str, object], others: dict[str, object]
+) -> None:
+    given = [f"--{name}" if value == "" else f"--{name}={value}" for name, value in {**flags, **others}.items()]
+    result = run("-m", "emoft.step", *given)
+    assert result.code == 0, result.err or result.out
+
+
+def test_a_head_of_its_own_is_told(run: Callable[..., Result], flags: dict[str, object], tmp_path: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(flags["model_name_or_path"], tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "untied")
+    GPT2Tokenizer.from_pretrained(flags["model_name_or_path"]).save_pretrained(tmp_path / "untied")
+    given = words({**flags, "model_name_or_path": tmp_path / "untied"})
+    result = run("-m", "emoft.step", *given)
+    assert result.code == 0, result.err or result.out
+    assert "The head has weights of its own" in result.out
+    found = json.loads(run("-m", "emoft.step", *given, "--json").out)
+    assert found["embedding_from_head"] == pytest.approx(found["gradient_norms"]["lm_head"])
+    assert found["embedding_from_input"] == pytest.approx(found["gradient_norms"]["wte"])
 
 
 @pytest.mark.parametrize(
