@@ -32,6 +32,12 @@ SENTENCES = [
 HOW_FAR = re.compile(r"step \d+/\d+  |(still )?[A-Za-z]+ing\b[^:]* \.\.\.( |$)")  # lines of `emoft.terminal`, `start`
 
 
+def count_hooks(model: torch.nn.Module) -> int:
+    """How many hooks listen to a model, without the one that packed attention keeps on it."""
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return sum(hook.__name__ != "_leave_mask" for hook in hooks)
+
+
 @dataclass
 class Result:
     code: int

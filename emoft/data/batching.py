@@ -31,6 +31,7 @@ class Batch:
     # (K,) int64: the places in the flattened rows whose next token has a label. They are listed here, on the CPU,
     # because a GPU would be waited for. What fills K up is the last place, which has no next token.
     predicting: Tensor
+    target_owners: Tensor  # (K,) int64: the example of each of these places, from 0; 0 for what fills up
     lengths: tuple[int, ...]  # tokens of each example
     target_tokens: int  # of them, those that are predicted: all but the first of each example, if it names no other
     rivals: int = 0  # examples at the end that are those before under wrong labels: see `training.contrast`
@@ -92,8 +93,14 @@ class Batch:
     def _each_tensor(self, function: Any) -> "Batch":
         inputs = {name: function(value) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
         contrasted = None if self.contrasted is None else function(self.contrasted)
-        labels, predicting = function(self.labels), function(self.predicting)
-        return replace(self, inputs=inputs, labels=labels, predicting=predicting, contrasted=contrasted)
+        return replace(
+            self,
+            inputs=inputs,
+            labels=function(self.labels),
+            predicting=function(self.predicting),
+            target_owners=function(self.target_owners),
+            contrasted=contrasted,
+        )
 
 
 def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -164,7 +171,8 @@ def pack(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
     if spans is not None:
         first, last = np.repeat(np.pad(spans, ((0, len(lengths) - len(rows)), (0, 0))), lengths, axis=0).T
         contrasted = ((offsets >= first) & (offsets < last))[None]
-    return _batch(inputs, labels[None], examples, multiple, contrasted)
+    owners = np.repeat(np.arange(len(lengths)), lengths)[None]
+    return _batch(inputs, labels[None], owners, examples, multiple, contrasted)
 
 
 def pad(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
@@ -186,7 +194,8 @@ def pad(rows: list[dict[str, Any]], pad_id: int, multiple: int = 1) -> Batch:
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
     spans, places = _contrasted(rows), np.arange(max(lengths))
     contrasted = None if spans is None else (places >= spans[:, :1]) & (places < spans[:, 1:])
-    return _batch(inputs, labels, tuple(lengths.tolist()[: len(rows)]), multiple, contrasted)
+    owners = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)
+    return _batch(inputs, labels, owners, tuple(lengths.tolist()[: len(rows)]), multiple, contrasted)
 
 
 def _first_targets(rows: list[dict[str, Any]]) -> list[int]:
@@ -203,9 +212,23 @@ def _contrasted(rows: list[dict[str, Any]]) -> np.ndarray | None:
 
 
 def _batch(
-    inputs: dict[str, Any], labels: np.ndarray, lengths: tuple[int, ...], multiple: int, contrasted: np.ndarray | None
+    inputs: dict[str, Any],
+    labels: np.ndarray,
+    owners: np.ndarray,
+    lengths: tuple[int, ...],
+    multiple: int,
+    contrasted: np.ndarray | None,
 ) -> Batch:
-    """List the places that predict a token: those whose next token has a label."""
+    """List the places that predict a token: those whose next token has a label.
+
+    Args:
+        inputs: of the model.
+        labels: (B, T).
+        owners: (B, T), the example of each place; of places that predict a token only.
+        lengths: tokens of each example.
+        multiple: to which the places are filled up.
+        contrasted: (B, T) bool, the tokens that are compared; None without rivals.
+    """
     has_next = np.zeros(labels.shape, dtype=bool)
     has_next[:, :-1] = labels[:, 1:] != IGNORED
     predicting = torch.from_numpy(np.flatnonzero(has_next))
@@ -218,6 +241,7 @@ def _batch(
         inputs,
         labels=torch.from_numpy(labels),
         predicting=filled(predicting, labels.size - 1),
+        target_owners=filled(torch.from_numpy(owners.flatten())[predicting]),
         lengths=lengths,
         target_tokens=len(predicting),
         # A place is compared by the token that it predicts, the next one.

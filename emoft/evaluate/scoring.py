@@ -142,8 +142,9 @@ def score_examples(
     for batch, examples in zip(batches, loader.batch_sampler or (), strict=True):
         if runtime.is_to_stop():
             break
-        owners = batch.owners().flatten()[batch.predicting].clamp(min=0)  # what has no owner is no target
-        owners = torch.tensor(examples, dtype=torch.int64)[owners].to(device)  # (K,) the example of each target
+        # (K,) the row of each target. Looked up on the CPU, and copied from memory that need not be waited for.
+        owners = torch.tensor([*examples, *[0] * (not examples)])[batch.target_owners]
+        owners = (owners.pin_memory() if batch.labels.is_pinned() else owners).to(device, non_blocking=True)
         batch = batch.to(device)
         with runtime.precision.autocast():
             hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)

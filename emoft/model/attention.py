@@ -23,11 +23,31 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, packed_mask)
     model.set_attn_implementation(NAME)
+    transformer = model.get_decoder()
+    if _leave_mask not in transformer._forward_pre_hooks.values():
+        transformer.register_forward_pre_hook(_leave_mask, with_kwargs=True)
+
+
+def _leave_mask(module: nn.Module, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give a packed batch a mask that nobody reads, on its way into the model.
+
+    Without one transformers looks for padding and for packed rows, and a GPU is waited for twice; one of four
+    dimensions it leaves as it is. It is no part of the batch, since any other attention would take it by its word.
+    """
+    if named.get("boundaries") is not None and named.get("attention_mask") is None:
+        named["attention_mask"] = named["boundaries"].new_ones((1, 1, 1, 1), dtype=torch.bool)
+    return arguments, named
 
 
 def packed_mask(**arguments: Any) -> Tensor | None:
-    """Return no mask for a packed batch, whose boundaries say everything, and that of "sdpa" for any other."""
-    return None if arguments["attention_mask"] is None else sdpa_mask(**arguments)
+    """Return the mask of a batch that is not packed: that of "sdpa".
+
+    In training it is made whether anything is padding or not. To leave it out where nothing is, which pays for one
+    prompt, would read from the device in each forward pass, and a GPU would be waited for.
+    """
+    if torch.is_grad_enabled():
+        arguments["allow_is_causal_skip"] = False
+    return sdpa_mask(**arguments)
 
 
 def packed_attention(
@@ -50,7 +70,7 @@ def packed_attention(
         query: (1, H, N, D) of H heads, N tokens, D dimensions; key and value likewise.
         key: see query.
         value: see query.
-        attention_mask: None for a packed batch.
+        attention_mask: of a packed batch nothing that is read.
         dropout: share of the attention weights that is dropped.
         scaling: factor of the scores.
         boundaries: (E + 1,) int32, the ends of the E examples; None if the batch is not packed. See `batching.pack`.

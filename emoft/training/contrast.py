@@ -152,8 +152,7 @@ def label_contrast(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if batch.contrasted is None:
         return losses, losses.new_zeros(())
-    owners = batch.owners().to(losses.device).flatten()[batch.predicting]  # (K,)
-    owners = owners.clamp(min=0)  # of what only fills up, whose losses are 0
+    owners = batch.target_owners  # (K,); the losses of what only fills up are 0
     of_texts = torch.where(owners < batch.examples, losses, 0)
     nats = losses.new_zeros(len(batch.lengths)).index_add(0, owners, torch.where(batch.contrasted, losses, 0))
     nats = nats.view(-1, batch.examples)  # (1 + rivals of each, E)

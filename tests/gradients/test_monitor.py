@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_scalars
+from conftest import count_hooks, read_scalars
 from safetensors.torch import load_file
 from test_train import flags
 from torch.amp import GradScaler
@@ -74,7 +74,7 @@ def measured_step(batches: list[Batch], scale: float) -> tuple[Figures, GPT2LMHe
         figures = monitor.take_figures()
         assert (figures is not None) == (number == 2)
         assert monitor.take_figures() is None, "taken once"
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert count_hooks(model) == 0
         optimizer.zero_grad()
     return figures, model
 
@@ -347,9 +347,9 @@ def test_steps_that_are_not_measured_leave_no_hook() -> None:
     hooks = {}
     for number in (1, 2, 3, 4):
         with monitor.watching(Step(number, [0], np.array(batch.lengths), [batch])):
-            hooks[number] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+            hooks[number] = count_hooks(model)
             # Refused here: its gradients are never measured.
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert count_hooks(model) == 0
     assert hooks == {1: 0, 2: 0, 3: 1 + 3 * (3 + 4), 4: 0}, "of each of three blocks three, and one of each matrix"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Result, read_scalars
+from conftest import ROOT, Result, count_hooks, read_scalars
 from safetensors.torch import load_file
 from test_train import flags, history
 from torch import nn
@@ -168,7 +168,7 @@ class TestTrace:
             for a, b in zip(weights, model.parameters(), strict=True)
         )
         assert all(parameter.grad is None for parameter in model.parameters())
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert count_hooks(model) == 0
         assert fault.token_ids == TEXTS
         return fault
 
