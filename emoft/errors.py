@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -59,6 +60,28 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Say whether an error means that memory could not be had, the device's or the host's.
+
+    Of the devices' there is a class, but the CPU's is any RuntimeError to torch, and only its words tell.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "out of memory")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+
+
+def memory_asked_for(error: BaseException) -> str:
+    """Return how much was asked for in vain, as " (2 GiB more were asked for)"; nothing if it does not say."""
+    found = re.search(r"tried to allocate ([\d.]+) ?([KMGT]iB|bytes)", str(error), flags=re.IGNORECASE)
+    if not found:
+        return ""
+    number, unit = float(found[1]), found[2]
+    if unit == "bytes":
+        number, unit = round(number / 2**30, 2), "GiB"
+    return f" ({number:g} {unit} more were asked for)"
+
+
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a script's main function and leave the process with its exit code: what `main` returns; see `guarded`."""
     sys.exit(guarded(main))
@@ -67,9 +90,9 @@ def run(main: Callable[[], int]) -> NoReturn:
 def guarded(function: Callable[[], Value]) -> Value:
     """Return what a function returns, or leave the process if it fails in a way that is no fault of ours.
 
-    Exit codes: 2 after a `UserError`, or when our output could not be written; 130 after Ctrl-C; 141 when the reader of
-    our output went away (as in `generate.py ... | head`). Any other exception is a fault of ours and keeps its
-    traceback (code 1).
+    Exit codes: 2 after a `UserError`, when memory could not be had, or when our output could not be written; 130 after
+    Ctrl-C; 141 when the reader of our output went away (as in `generate.py ... | head`). Any other exception is a fault
+    of ours and keeps its traceback (code 1).
     Whatever happens, the bars are closed first, so that the line that tells of it begins at the beginning of a line.
     """
     streams.prepare()
@@ -97,6 +120,16 @@ def guarded(function: Callable[[], Value]) -> Value:
         code = 141
     except streams.OutputError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        line = (
+            f"{name}: error: out of memory{memory_asked_for(error)}: compute less at once by a smaller batch (--help"
+            " names its flag), or take shorter texts or a smaller model"
+        )
+        print(line, file=sys.stderr)
+        _tell_torchrun(line)
         code = 2
     if code in (2, 141):
         streams.forget_output()

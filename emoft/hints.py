@@ -25,16 +25,27 @@ def python() -> str:
     return sys.executable if path.startswith("..") else path
 
 
-def resume_command(config: TrainConfig, world: "World") -> str:
-    """Return the command that continues a run that was stopped."""
+def resume_command(config: TrainConfig, world: "World", *changes: str) -> str:
+    """Return the command that continues a run that was stopped, with flags that may be changed then."""
     words = [word for word in sys.argv if word not in ("--overwrite_output_dir", "--overwrite-output-dir")]
     if config.overwrite_output_dir and _still_overwrites(words[1:]):  # it has a value, or is in the file of --config
         words = [*sys.argv, "--overwrite_output_dir", "false"]  # of a flag given twice the last one counts
     if config.resume_from_checkpoint != "latest":
         words += ["--resume_from_checkpoint", "latest"]
+    words += changes  # of a flag given twice the last one counts
     if world.hosts > 1:
         return f"torchrun (with its options, on each host) {shlex.join(words)}"
     return shlex.join([*(["torchrun", f"--nproc_per_node={world.size}"] if world.launched else [python()]), *words])
+
+
+def smaller_micro_batches(config: TrainConfig) -> list[str]:
+    """Return the flags of the same steps in micro-batches of half the size or less; none if it is 1."""
+    size = config.per_device_train_batch_size
+    smaller = next((part for part in range(size // 2, 0, -1) if size % part == 0), 0)
+    if not smaller:
+        return []
+    accumulation = config.gradient_accumulation_steps * size // smaller
+    return [f"--per_device_train_batch_size={smaller}", f"--gradient_accumulation_steps={accumulation}"]
 
 
 def _still_overwrites(words: list[str]) -> bool:

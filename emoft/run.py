@@ -21,13 +21,13 @@ from emoft.config import TrainConfig
 from emoft.data.steps import Step, StepLoader
 from emoft.data.tokens import decode, unigram_entropy
 from emoft.distributed.parallel import load_weights
-from emoft.errors import UserError
+from emoft.errors import UserError, is_out_of_memory, memory_asked_for
 from emoft.evaluate.classification import Classification, classify
 from emoft.evaluate.scoring import Evaluation, evaluate, format_figures
 from emoft.files import fault_file, spike_file
 from emoft.gradients.monitor import GradientMonitor
 from emoft.gradients.texts import losses_of_texts
-from emoft.hints import generate_command, resume_command
+from emoft.hints import generate_command, resume_command, smaller_micro_batches
 from emoft.model.generation import sample_texts
 from emoft.model.loading import TextModel, load_model
 from emoft.tracking.run_state import RunState
@@ -95,6 +95,8 @@ class Run:
         self.saved = training_state.restored_from  # the latest checkpoint
         self._refused: tuple[Tensor, Tensor] | None = None  # loss and gradient norm of a step that was not applied
         self._leaves_out = False  # the step, since its loss stands out
+        self._computed: Step | None = None  # the step whose gradients are being computed
+        self._applies = False  # a step is changing the weights
         self.spike_watch = SpikeWatch(run_state)
         self._spikes: list[tuple[Step, Spike]] = []  # that nobody has been told of
         self._can_measure = config.parallel != "fsdp" or not runtime.world.launched  # a text by itself
@@ -110,7 +112,38 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        refusal = self._out_of_memory(error) if error is not None and is_out_of_memory(error) else None
         self._contexts.__exit__(kind, error, trace)
+        if refusal:
+            raise refusal from None
+
+    def _out_of_memory(self, error: BaseException) -> UserError:
+        """Keep what there is of a run that does not fit in memory, and return the error that says how to go on."""
+        asked, state, step = memory_asked_for(error), self.state, self._computed
+        self.guard.drop_gradients()
+        kept = "there is no checkpoint yet"
+        # No weight has changed since the last step, unless it was the update that did not fit. What the steps since the
+        # last look have computed must be known, and the other ranks would have to help.
+        is_sound = not (self._applies and self.training_state.has_begun_update())
+        is_sound &= self.guard.looks_always or not self._moments
+        if state.step > 0 and is_sound and self.world.size == 1:
+            if step:
+                set_random_state(step.random_state, self.runtime.device)
+            self._save()
+        if self.saved:
+            kept = f"saved {self.saved}" if is_sound and not self.save_failed else f"{self.saved} is sound"
+        if state.evaluation_due or (step is None and state.step > 0):
+            eval_size = max(1, self.config.per_device_eval_batch_size // 2)
+            what, changes = "an evaluation", [f"--per_device_eval_batch_size={eval_size}"]
+        else:
+            what, changes = f"step {state.step + 1}", smaller_micro_batches(self.config)
+        cure = "go on with less at once, which computes the same"
+        if not changes:
+            cure, changes = "go on with fewer activations kept, or take a smaller model or shorter texts", []
+            changes = ["--gradient_checkpointing"]
+        applied = "nothing of it was applied" if is_sound else "it may be half applied and is left out"
+        command = resume_command(self.config, self.world, *changes)
+        return UserError(f"{what} does not fit in memory{asked}; {applied}, {kept}; {cure}: {command}")
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
@@ -128,6 +161,7 @@ class Run:
                 step.learning_rate = float(self.training_state.schedule.get_last_lr()[0])
                 step.loss_scale = self.runtime.precision.scaler.get_scale()
                 self.guard.begin_step(step)
+                self._computed = step
                 if not self.guard.looks_always:
                     self._moments[step.number] = self.tracker.remember(), self.training_state.schedule.state_dict()
                 with self.monitor.watching(step), given_targets() as step.targets:
@@ -194,6 +228,7 @@ class Run:
         if self._leaves_out:
             self._refused = loss, grad_norm
             self.guard.drop_gradients()
+        self._applies = not self._leaves_out
         return self._leaves_out
 
     def finish_step(self, step: Step, loss: Tensor, grad_norm: Tensor) -> bool:
@@ -211,6 +246,7 @@ class Run:
         """
         config, state, tracker = self.config, self.state, self.tracker
         scaler = self.runtime.precision.scaler
+        self._computed, self._applies = None, False
         tracker.count_step(step, loss, grad_norm, skipped=scaler.get_scale() < step.loss_scale)
         self._tell_spikes()
         if self._logs(step):

@@ -97,3 +97,12 @@ def test_no_target_gives_zero_and_not_nan() -> None:
         loss = cross_entropy(hidden, head, targets, torch.full((count,), 2)).sum()
         loss.backward()
         assert loss.item() == hidden.grad.abs().sum() == head.grad.abs().sum() == 0
+
+
+def test_a_second_backward_pass_is_an_error_not_a_wrong_gradient() -> None:
+    """The gradient of the logits takes their place in memory: they are gone afterwards."""
+    hidden, head, targets, predicting = values(8, torch.float32)
+    loss = cross_entropy(hidden, head, targets, predicting).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
