@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emoft.distributed.world import World
+from emoft.errors import is_out_of_memory
 
 # The tokens of a batch are filled up to a multiple of this. Every new shape costs its first matrix products: oneDNN
 # compiles code for it and keeps that (a gigabyte after a few hundred shapes), cuBLAS and torch.compile choose anew.
@@ -256,6 +257,33 @@ def split_loader(
     batches = length_sorted_batches(rows, world.size * batch_size)
     shares = [part for batch in batches for part in world.share(batch, batch_size)]
     return build_loader(rows, shares, pad_id, device, batching)
+
+
+def halve_until_it_fits(
+    compute: Callable[[Batch, list[int]], None], loader: DataLoader[Batch], batch: Batch, rows: list[int]
+) -> None:
+    """Call a function with a batch of a loader; if that does not fit in memory, with each half of it, and so on.
+
+    Args:
+        compute: takes a batch and the indices of its rows, and keeps nothing of one that does not fit.
+        loader: of `build_loader`.
+        batch: of the loader.
+        rows: the indices of its rows.
+
+    Raises:
+        RuntimeError: a single row does not fit, or something else is wrong.
+    """
+    try:
+        compute(batch, rows)
+        return
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or len(rows) < 2:
+            raise
+    # Behind the handler, so that the error and all that it holds of the whole batch are gone.
+    middle = len(rows) // 2
+    for half in (rows[:middle], rows[middle:]):
+        collate = loader.collate_fn
+        halve_until_it_fits(compute, loader, collate([loader.dataset[row] for row in half]), half)
 
 
 def _round_up(number: int, multiple: int) -> int:

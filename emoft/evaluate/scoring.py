@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
 
-from emoft.data.batching import IGNORED, Batch, split_loader
+from emoft.data.batching import IGNORED, Batch, halve_until_it_fits, split_loader
 from emoft.data.duplicates import overlap
 from emoft.data.tokens import byte_lengths
+from emoft.distributed.parallel import is_sharded
 from emoft.evaluate.intervals import Interval, intervals, renamed
 from emoft.model.loading import TextModel
 from emoft.terminal import progress
@@ -129,7 +130,7 @@ def score_examples(
         description: of the progress bar.
 
     Returns:
-        The scores; None if a signal ended it.
+        The scores; None if a signal ended it. A batch that does not fit in memory is computed in halves.
     """
     was_training = model.training
     model.eval()
@@ -138,10 +139,8 @@ def score_examples(
         token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     token_bytes = token_bytes.to(device)
     sums = torch.zeros(3, len(loader.dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
-    batches = progress(loader, description, "batches")
-    for batch, examples in zip(batches, loader.batch_sampler or (), strict=True):
-        if runtime.is_to_stop():
-            break
+
+    def score(batch: Batch, examples: list[int]) -> None:
         # (K,) the row of each target. Looked up on the CPU, and copied from memory that need not be waited for.
         owners = torch.tensor([*examples, *[0] * (not examples)])[batch.target_owners]
         owners = (owners.pin_memory() if batch.labels.is_pinned() else owners).to(device, non_blocking=True)
@@ -154,6 +153,14 @@ def score_examples(
         is_target = targets != IGNORED
         values = torch.stack([losses.double(), is_target, token_bytes[targets.clamp(min=0)] * is_target])
         sums.index_add_(1, owners, values)
+
+    for batch, examples in zip(progress(loader, description, "batches"), loader.batch_sampler or (), strict=True):
+        if runtime.is_to_stop():
+            break
+        if is_sharded(model):  # each forward pass is a collective: all ranks make as many
+            score(batch, examples)
+        else:
+            halve_until_it_fits(score, loader, batch, examples)
     model.train(was_training)
     if runtime.signals and runtime.signals.received:
         return None

@@ -166,3 +166,29 @@ def test_the_overlap_is_told_where_someone_has_looked() -> None:
 def test_a_table_has_the_interval_beside_the_figure() -> None:
     evaluation = Evaluation(2.0, (1.5, 2.5), 1.0, (0.5, 1.25), 1, 1, 1)
     assert format_figures(evaluation.figures()).splitlines()[0] == "loss           2.0000  [1.5000, 2.5000]"
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_a_batch_that_does_not_fit_in_memory_is_computed_in_halves(parts, batching: str) -> None:
+    model, tokenizer, lengths, rows = parts
+    data = Dataset.from_dict({"input_ids": rows})
+    loader = build_loader(data, length_sorted_batches(data, len(rows)), tokenizer.eos_token_id, CPU, batching)
+    whole, sizes, fits = score_examples(model, loader, RUNTIME, lengths), [], 2
+
+    def limit(module, inputs, named) -> None:
+        size = len(named["boundaries"]) - 2 if batching == "packed" else len(named["input_ids"])
+        sizes.append(size)
+        if size > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    hook = model.transformer.register_forward_pre_hook(limit, with_kwargs=True)
+    try:
+        halved = score_examples(model, loader, RUNTIME, lengths)
+        fits = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            score_examples(model, loader, RUNTIME, lengths)
+    finally:
+        hook.remove()
+    assert sizes[0] >= len(rows) - 1 and min(sizes) <= 2
+    assert np.allclose(halved.nats, whole.nats, rtol=1e-5) and np.array_equal(halved.tokens, whole.tokens)
+    assert np.array_equal(halved.text_bytes, whole.text_bytes)
