@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from emoft.data.tokens import decode, make_tokens, token_bytes
 from emoft.distributed.parallel import is_sharded
-from emoft.errors import UserError
+from emoft.errors import UserError, is_out_of_memory
 from emoft.model.loading import TextModel
 from emoft.training.precision import Precision
 
@@ -93,18 +93,35 @@ def generate_batch(
         options: of `GenerationConfig`, such as `do_sample`.
 
     Returns:
-        For each prompt its result.
+        For each prompt its result. Prompts that do not fit in memory together are continued in halves.
     """
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     room = [max_new_tokens or max_length - len(row) for row in rows]
     end = tokenizer.eos_token_id
-    continued = _continue(model, end, rows, room, no_repeat_ngram_size, options, streamer)
+    continued = _continue_in_memory(model, end, rows, room, no_repeat_ngram_size, options, streamer)
     results = []
     for prompt, new in zip(prompts, continued, strict=True):
         finished = end in new
         new = new[: new.index(end)] if finished else new
         results.append(Generated(prompt, prompt + decode(tokenizer, new), len(new), finished))
     return results
+
+
+def _continue_in_memory(
+    model: GPT2LMHeadModel, end: int, rows: list[list[int]], room: list[int], *others: Any
+) -> list[list[int]]:
+    """Return the new tokens of each row; what does not fit in memory is computed in halves."""
+    try:
+        return _continue(model, end, rows, room, *others)
+    except (MemoryError, RuntimeError) as error:
+        # Each forward pass of a sharded model is a collective: all ranks make as many.
+        if not is_out_of_memory(error) or len(rows) < 2 or is_sharded(model):
+            raise
+    # Behind the handler, so that the error and all that it holds of the whole are gone.
+    middle = len(rows) // 2
+    return _continue_in_memory(model, end, rows[:middle], room[:middle], *others) + _continue_in_memory(
+        model, end, rows[middle:], room[middle:], *others
+    )
 
 
 def _continue(

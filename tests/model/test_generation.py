@@ -184,3 +184,21 @@ def test_no_sequence_occurs_twice(size: int) -> None:
         padding = [0, 1, length // 2, length - 1, length // 3]
         rows = [library(row[start:][None], each[None]) for row, start, each in zip(ids, padding, scores, strict=True)]
         assert torch.equal(NoRepeatNGram(size, padding)(ids, scores), torch.cat(rows))
+
+
+def test_prompts_that_do_not_fit_in_memory_together_are_continued_in_halves(parts: tuple) -> None:
+    model, prompts, fits = parts[0], ["i", "i feel happy because", "the dark", "we", "my heart is"], 2
+    together = generate_batch(*parts, prompts, max_new_tokens=8)
+
+    def limit(module, inputs, named) -> None:
+        if len(inputs[0] if inputs else named["input_ids"]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    hook = model.transformer.register_forward_pre_hook(limit, with_kwargs=True)
+    try:
+        assert generate_batch(*parts, prompts, max_new_tokens=8) == together
+        fits = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            generate_batch(*parts, prompts, max_new_tokens=8)
+    finally:
+        hook.remove()
