@@ -23,9 +23,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, packed_mask)
     model.set_attn_implementation(NAME)
-    transformer = model.get_decoder()
-    if _leave_mask not in transformer._forward_pre_hooks.values():
-        transformer.register_forward_pre_hook(_leave_mask, with_kwargs=True)
+    model.get_decoder().register_forward_pre_hook(_leave_mask, with_kwargs=True)
 
 
 def _leave_mask(module: nn.Module, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
