@@ -132,15 +132,15 @@ class Run:
             self._save()
         if self.saved:
             kept = f"saved {self.saved}" if is_sound and not self.save_failed else f"{self.saved} is sound"
-        if state.evaluation_due or (step is None and state.step > 0):
-            eval_size = max(1, self.config.per_device_eval_batch_size // 2)
-            what, changes = "an evaluation", [f"--per_device_eval_batch_size={eval_size}"]
+        if step is None:
+            # A batch of an evaluation, or of samples, was already computed in halves, down to a single text.
+            what, changes = f"what follows step {state.step} (evaluation, samples or checkpoint)", []
+            cure = "free memory, then go on"
+        elif changes := smaller_micro_batches(self.config):
+            what, cure = f"step {step.number}", "go on with less at once, which computes the same"
         else:
-            what, changes = f"step {state.step + 1}", smaller_micro_batches(self.config)
-        cure = "go on with less at once, which computes the same"
-        if not changes:
-            cure, changes = "go on with fewer activations kept, or take a smaller model or shorter texts", []
-            changes = ["--gradient_checkpointing"]
+            what, changes = f"step {step.number}", ["--gradient_checkpointing"]
+            cure = "go on with fewer activations kept, or take a smaller model or shorter texts"
         applied = "nothing of it was applied" if is_sound else "it may be half applied and is left out"
         command = resume_command(self.config, self.world, *changes)
         return UserError(f"{what} does not fit in memory{asked}; {applied}, {kept}; {cure}: {command}")

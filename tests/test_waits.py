@@ -21,7 +21,7 @@ READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "e
 
 
 class Reads(TorchDispatchMode):
-    """Counts the reads of a step, and the copies to the device from memory that is not pinned."""
+    """Counts the reads of a step."""
 
     def __init__(self) -> None:
         super().__init__()

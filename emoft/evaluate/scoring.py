@@ -141,6 +141,7 @@ def score_examples(
     sums = torch.zeros(3, len(loader.dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
 
     def score(batch: Batch, examples: list[int]) -> None:
+        """Add the scores of a batch to the sums, all at its end, so that one that fails has added nothing."""
         # (K,) the row of each target. Looked up on the CPU, and copied from memory that need not be waited for.
         owners = torch.tensor([*examples, *[0] * (not examples)])[batch.target_owners]
         owners = (owners.pin_memory() if batch.labels.is_pinned() else owners).to(device, non_blocking=True)
