@@ -125,15 +125,16 @@ def train(
     run = run_class(config, runtime, text_model, splits, loader, training_state, run_state, monitor, label_contrast)
 
     # ---- The loop: one optimization step after another ---------------------------------------------------------------
-    with run:  # the progress bar, the event file, and what a signal does
-        for step in run.steps():  # from where a resumed run left off
+    for step in run.steps():  # from where a resumed run left off
+        with run.attempt(step):  # one that does not fit in memory comes again, in smaller micro-batches
+            hidden = losses = contrast = loss = None  # one that did not fit would keep its memory by these
             # Each micro-batch adds its part to the gradient of the mean over all tokens of the step, so that 4 x 1,
             # 2 x 2 and 1 x 4 examples give the same gradient, whatever their lengths.
             step_loss = torch.zeros((), device=device)
             for number, batch in enumerate(step.micro_batches, start=1):
                 batch = batch.to(device)
                 # Several ranks average their gradients in the last backward pass; hence `* world.size` below.
-                with exchange_gradients(transformer, number == len(step.micro_batches)):
+                with exchange_gradients(transformer, number == len(step.micro_batches), step.agreement):
                     with precision.autocast():
                         hidden = transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)
                         targets = shift_labels(batch.labels)  # (B, T): place t has to predict token t + 1
@@ -156,7 +157,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if run.finish_step(step, step_loss, grad_norm):  # log, sample, evaluate, save
                 break
-        return run.finish()  # the best model, its figures, a few texts
+    return run.finish()  # the best model, its figures, a few texts
 
 
 def main(config: TrainConfig) -> int:

@@ -38,10 +38,24 @@ def resume_command(config: TrainConfig, world: "World", *changes: str) -> str:
     return shlex.join([*(["torchrun", f"--nproc_per_node={world.size}"] if world.launched else [python()]), *words])
 
 
-def smaller_micro_batches(config: TrainConfig) -> list[str]:
-    """Return the flags of the same steps in micro-batches of half the size or less; none if it is 1."""
+def less_memory(config: TrainConfig, micro_batch_size: int) -> tuple[list[str], str]:
+    """Return flags with which the same steps need less memory, and what these flags do.
+
+    Args:
+        config: all flags.
+        micro_batch_size: that does not fit, at most the flag's.
+    """
+    if changes := smaller_micro_batches(config, micro_batch_size):
+        return changes, "go on with less at once, which computes the same"
+    return ["--gradient_checkpointing"], (
+        "go on with fewer activations kept, or take a smaller model or shorter texts (--max_length)"
+    )
+
+
+def smaller_micro_batches(config: TrainConfig, below: int) -> list[str]:
+    """Return the flags of the same steps in micro-batches smaller than those that do not fit; none if they are 1."""
     size = config.per_device_train_batch_size
-    smaller = next((part for part in range(size // 2, 0, -1) if size % part == 0), 0)
+    smaller = next((part for part in range(min(size // 2, below - 1), 0, -1) if size % part == 0), 0)
     if not smaller:
         return []
     accumulation = config.gradient_accumulation_steps * size // smaller

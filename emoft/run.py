@@ -3,11 +3,11 @@
 It touches neither a loss nor a gradient: those are computed and applied in train.py alone.
 """
 
+import contextlib
 import functools
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from datasets import Dataset
@@ -27,7 +27,7 @@ from emoft.evaluate.scoring import Evaluation, evaluate, format_figures
 from emoft.files import fault_file, spike_file
 from emoft.gradients.monitor import GradientMonitor
 from emoft.gradients.texts import losses_of_texts
-from emoft.hints import generate_command, resume_command, smaller_micro_batches
+from emoft.hints import generate_command, less_memory, resume_command
 from emoft.model.generation import sample_texts
 from emoft.model.loading import TextModel, load_model
 from emoft.tracking.run_state import RunState
@@ -35,6 +35,7 @@ from emoft.tracking.throughput import measure_flops
 from emoft.tracking.tracker import Moment, Tracker
 from emoft.training.contrast import LabelContrast
 from emoft.training.loss import given_targets
+from emoft.training.memory import MemoryFit, give_back_memory, has_begun_update
 from emoft.training.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, describe, refusal
 from emoft.training.randomness import set_random_state
 from emoft.training.runtime import Runtime
@@ -43,7 +44,7 @@ from emoft.training.spikes import describe as describe_spike
 
 
 class Run:
-    """Gives the loop its steps, and does between two of them what the flags ask for. Open it as a context."""
+    """Gives the loop its steps, and does between two of them what the flags ask for."""
 
     def __init__(
         self,
@@ -95,55 +96,58 @@ class Run:
         self.saved = training_state.restored_from  # the latest checkpoint
         self._refused: tuple[Tensor, Tensor] | None = None  # loss and gradient norm of a step that was not applied
         self._leaves_out = False  # the step, since its loss stands out
-        self._computed: Step | None = None  # the step whose gradients are being computed
-        self._applies = False  # a step is changing the weights
+        self.memory = MemoryFit(loader, runtime.world, config.parallel, run_state)
+        self._computed: Step | None = None  # the step that is being computed, or applied
+        self._applies = False  # it is changing the weights
+        self._comes_again = False  # it did not fit in memory
+        self._opened = contextlib.ExitStack()  # the bar, the event file, and what a signal does
         self.spike_watch = SpikeWatch(run_state)
         self._spikes: list[tuple[Step, Spike]] = []  # that nobody has been told of
         self._can_measure = config.parallel != "fsdp" or not runtime.world.launched  # a text by itself
         # Counts and schedule before each step since somebody last looked whether all were sound; see `NonFiniteGuard`.
         self._moments: dict[int, tuple[Moment, dict[str, Any]]] = {}
 
-    def __enter__(self) -> "Run":
-        self._contexts = ExitStack()
-        self._contexts.enter_context(self.signals)
-        self._contexts.enter_context(self.tracker)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        refusal = self._out_of_memory(error) if error is not None and is_out_of_memory(error) else None
-        self._contexts.__exit__(kind, error, trace)
-        if refusal:
-            raise refusal from None
+    @contextlib.contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """Close what the run has opened if an error leaves this context, and tell of memory what can be told."""
+        try:
+            yield
+        except GeneratorExit:  # the loop has ended
+            raise
+        except BaseException as error:
+            # Before it is closed: the state is saved, of which there is an event.
+            refusal = self._out_of_memory(error) if is_out_of_memory(error) else None
+            self._opened.__exit__(*sys.exc_info())
+            if refusal:
+                raise refusal from None
+            raise
 
     def _out_of_memory(self, error: BaseException) -> UserError:
         """Keep what there is of a run that does not fit in memory, and return the error that says how to go on."""
-        asked, state, step = memory_asked_for(error), self.state, self._computed
+        state, step = self.state, self._computed
         self.guard.drop_gradients()
-        kept = "there is no checkpoint yet"
         # No weight has changed since the last step, unless it was the update that did not fit. What the steps since the
         # last look have computed must be known, and the other ranks would have to help.
-        is_sound = not (self._applies and self.training_state.has_begun_update())
-        is_sound &= self.guard.looks_always or not self._moments
+        is_sound = not self._is_half_applied() and (self.guard.looks_always or not self._moments)
         if state.step > 0 and is_sound and self.world.size == 1:
             if step:
                 set_random_state(step.random_state, self.runtime.device)
             self._save()
+        kept = "there is no checkpoint yet"
         if self.saved:
             kept = f"saved {self.saved}" if is_sound and not self.save_failed else f"{self.saved} is sound"
-        if step is None:
-            # A batch of an evaluation, or of samples, was already computed in halves, down to a single text.
-            what, changes = f"what follows step {state.step} (evaluation, samples or checkpoint)", []
-            cure = "free memory, then go on"
-        elif changes := smaller_micro_batches(self.config):
-            what, cure = f"step {step.number}", "go on with less at once, which computes the same"
-        else:
-            what, changes = f"step {step.number}", ["--gradient_checkpointing"]
-            cure = "go on with fewer activations kept, or take a smaller model or shorter texts"
-        applied = "nothing of it was applied" if is_sound else "it may be half applied and is left out"
+        kept = f"{'nothing of it was applied' if is_sound else 'it may be half applied and is left out'}, {kept}"
+        changes: list[str] = []
+        cure = "free memory, then go on"
+        if step:
+            changes, cure = less_memory(self.config, self.loader.micro_batch_size)
+        # A batch of an evaluation, or of samples, was already computed in halves, down to a single text.
+        what = f"step {step.number}" if step else f"what follows step {state.step} (evaluation, samples or checkpoint)"
         command = resume_command(self.config, self.world, *changes)
-        return UserError(f"{what} does not fit in memory{asked}; {applied}, {kept}; {cure}: {command}")
+        return UserError(f"{what} does not fit in memory{memory_asked_for(error)}; {kept}; {cure}: {command}")
+
+    def _is_half_applied(self) -> bool:
+        return self._applies and has_begun_update(self.training_state.optimizer, self.training_state.schedule)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
 
@@ -155,25 +159,65 @@ class Run:
         Raises:
             UserError: a step was not finite, and the flags do not allow to go on.
         """
-        self._begin()
-        while not self.is_done:
-            for step in self.loader.after(self.state.step):
-                step.learning_rate = float(self.training_state.schedule.get_last_lr()[0])
-                step.loss_scale = self.runtime.precision.scaler.get_scale()
-                self.guard.begin_step(step)
-                self._computed = step
-                if not self.guard.looks_always:
-                    self._moments[step.number] = self.tracker.remember(), self.training_state.schedule.state_dict()
-                with self.monitor.watching(step), given_targets() as step.targets:
-                    yield step
-                if self._leaves_out:
-                    assert self._refused is not None
-                    self.finish_step(step, *self._refused)
-                if bad_step := self.guard.bad_step:
-                    yield from self.guard.repetitions()
-                    self._after_fault(bad_step)
-                if self.is_done:
-                    return
+        self._opened.enter_context(self.signals)
+        self._opened.enter_context(self.tracker)
+        with self._closed_on_error():
+            self._begin()
+            while not self.is_done:
+                yield from self._steps_of_an_epoch()
+
+    def _steps_of_an_epoch(self) -> Iterator[Step]:
+        """Yield the steps to the end of an epoch, or until one comes again in other micro-batches."""
+        for step in self.loader.after(self.state.step):
+            step.learning_rate = float(self.training_state.schedule.get_last_lr()[0])
+            step.loss_scale = self.runtime.precision.scaler.get_scale()
+            self.guard.begin_step(step)
+            self.memory.begin_step(step)
+            self._computed, self._comes_again = step, False
+            if not self.guard.looks_always:
+                self._moments[step.number] = self.tracker.remember(), self.training_state.schedule.state_dict()
+            with self.monitor.watching(step), given_targets() as step.targets:
+                yield step
+            if self._comes_again:
+                give_back_memory()
+                return
+            if self._leaves_out:
+                assert self._refused is not None
+                self.finish_step(step, *self._refused)
+            if bad_step := self.guard.bad_step:
+                yield from self.guard.repetitions()
+                self._after_fault(bad_step)
+            if self.is_done:
+                return
+
+    @contextlib.contextmanager
+    def attempt(self, step: Step) -> Iterator[None]:
+        """Let the loop compute and apply a step in this context. One that does not fit in memory comes again, smaller.
+
+        Raises:
+            UserError: it cannot become smaller, or the weights may have changed already.
+        """
+        with self._closed_on_error():
+            try:
+                yield
+                self.memory.fitted(step)
+            except (MemoryError, RuntimeError) as error:
+                is_repeatable = self._computed is step and self.guard.bad_step is None and not self._is_half_applied()
+                if not is_out_of_memory(error) or not is_repeatable or not self.memory.halve(step):
+                    raise
+                self._take_back(step)
+                self.tracker.warn(
+                    f"step {step.number} did not fit in memory{memory_asked_for(error)}: micro-batches of"
+                    f" {self.loader.micro_batch_size} from now on, which compute the same"
+                )
+
+    def _take_back(self, step: Step) -> None:
+        """Stand where the run stood before a step of which nothing was applied, to compute it again."""
+        self._comes_again, self._applies = True, False
+        self.guard.drop_gradients()
+        self.guard.forget(step)
+        self._spikes = [(each, spike) for each, spike in self._spikes if each is not step]
+        set_random_state(step.random_state, self.runtime.device)
 
     def _begin(self) -> None:
         """Evaluate before the first step: what fine-tuning brings is the difference to that."""
@@ -384,6 +428,10 @@ class Run:
         Raises:
             UserError: the run was stopped and could not be saved.
         """
+        with self._opened, self._closed_on_error():
+            return self._finish()
+
+    def _finish(self) -> int:
         self.tracker.close_bar()
         if self.state.evaluation_due or (self.state.step < self.loader.total_steps and not self.has_stopped_early):
             return self._say_how_to_go_on()

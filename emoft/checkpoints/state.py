@@ -81,11 +81,6 @@ class TrainingState:
             "run": run,
         }
 
-    def has_begun_update(self) -> bool:
-        """Say whether the optimizer has touched a parameter since the schedule last moved. Reads from the device."""
-        counts = [int(state.get("step", 0)) for state in self.optimizer.state.values()]
-        return any(count != self.schedule.last_epoch for count in counts)
-
     def return_to(self, schedule: dict[str, Any]) -> None:
         """Take back steps of the schedule; the optimizer has applied none of them.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emoft.config import TrainConfig
 from emoft.data.batching import Batch, Lengths, build_loader, epoch_batches, target_tokens, token_lengths
+from emoft.distributed.parallel import Agreement
 from emoft.distributed.world import World
 
 
@@ -29,6 +30,7 @@ class Step:
     # What the loss was given and what it returned, of each micro-batch: targets, places and losses, (K,) each; see
     # `training.loss.given_targets`.
     targets: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    agreement: Agreement | None = None  # of several ranks, on whether it fits in memory, if that is not known
 
     @property
     def tokens(self) -> int:
@@ -65,7 +67,7 @@ class StepLoader:
         Args:
             rows: the tokenized train split.
             examples_per_step: of all ranks and micro-batches.
-            config: size of a micro-batch, batching, seed, and how long the run is.
+            config: size of a micro-batch at first, batching, seed, and how long the run is.
             world: all ranks.
             pad_id: of the token that fills up.
             device: decides to which multiple.
@@ -74,6 +76,7 @@ class StepLoader:
         self.rows = rows.select_columns("input_ids")
         self.config, self.world, self.pad_id, self.device = config, world, pad_id, device
         self.examples_per_step, self.with_rivals = examples_per_step, with_rivals
+        self.micro_batch_size = config.per_device_train_batch_size  # most examples in each
         self.lengths = token_lengths(rows)
         self.steps_per_epoch = math.ceil(len(rows) / examples_per_step)
         by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
@@ -83,7 +86,7 @@ class StepLoader:
         """Yield the steps of an epoch that come after so many steps of the run."""
         epoch, done = divmod(steps_taken, self.steps_per_epoch)
         steps = epoch_batches(len(self.rows), self.examples_per_step, self.config.seed, epoch)[done:]
-        shares = [self.world.share(examples, self.config.per_device_train_batch_size) for examples in steps]
+        shares = [self.world.share(examples, self.micro_batch_size) for examples in steps]
         with_rivals = self.with_rivals
 
         def rivals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,3 +98,16 @@ class StepLoader:
             # All micro-batches of a step are fetched before it begins. What they have to predict is counted by the
             # lengths of the examples, which all ranks know, so that nobody has to ask the others, or a GPU.
             yield Step(number, examples, self.lengths[examples], list(islice(micro_batches, len(share))))
+
+    def largest_micro_batch(self, step: Step) -> int:
+        """Return how many tokens, with padding, are in the largest micro-batch of a step on any rank.
+
+        It is a function of what all ranks know. Rivals of texts are left out: each text has as many.
+        """
+        sizes = []
+        for rank in range(self.world.size):
+            for part in replace(self.world, rank=rank).share(step.examples, self.micro_batch_size):
+                lengths = self.lengths[part]
+                padded = len(part) * int(lengths.max(initial=0))
+                sizes.append(padded if self.config.batching == "padded" else int(lengths.sum()))
+        return max(sizes)

@@ -6,9 +6,12 @@ and multiplies the loss by their number.
 
 import contextlib
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -79,14 +82,47 @@ def replicate(transformer: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(transformer, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def exchange_gradients(transformer: Any, is_last: bool) -> contextlib.AbstractContextManager[None]:
-    """Return the context of a forward and backward pass: gradients are exchanged in the last one of a step only.
+class Agreement:
+    """What all ranks find out together about a step: whether it fits in the memory of each."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.all_fit: bool | None = None  # not known yet
+
+    def reach(self, fits: bool) -> bool:
+        """Tell the others whether the step has fitted here, and return whether it has fitted everywhere.
+
+        A collective the first time; afterwards what was found then is returned.
+        """
+        if self.all_fit is None:
+            self.all_fit = self.world.highest(0 if fits else 1) == 0
+        return self.all_fit
+
+
+@contextlib.contextmanager
+def exchange_gradients(transformer: Any, is_last: bool, agreement: Agreement | None = None) -> Iterator[None]:
+    """Exchange the gradients of a forward and backward pass in this context: in the last one of a step only.
 
     FSDP exchanges them in each: whole gradients, kept until the last one, are what it is there to avoid.
+
+    Args:
+        transformer: of `model.preparation.prepare`.
+        is_last: of the step.
+        agreement: of a step that may not fit in memory. DDP's exchange begins before a backward pass is done, and hangs
+            if a rank does not come to its end; that of such a step waits until all have.
+
+    Raises:
+        MemoryError: the step did not fit on another rank.
     """
-    if hasattr(transformer, "no_sync") and not is_last:  # DDP's
-        return transformer.no_sync()
-    return contextlib.nullcontext()
+    is_late = is_last and agreement is not None
+    with transformer.no_sync() if hasattr(transformer, "no_sync") and (is_late or not is_last) else nullcontext():
+        yield
+    if is_late and agreement is not None:
+        if not agreement.reach(fits=True):
+            raise MemoryError("the step did not fit in the memory of another process")
+        for parameter in transformer.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.div_(agreement.world.size))
 
 
 def whole(tensor: Tensor) -> Tensor:

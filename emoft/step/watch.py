@@ -139,11 +139,9 @@ class WatchedRun:
         factor = self.schedule.lr_lambdas[0]
         return next((n + 1 for n in range(self.done, self.loader.total_steps) if factor(n) > 0), self.done + 1)
 
-    def __enter__(self) -> "WatchedRun":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
+    def attempt(self, step: Step) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the loop computes a step."""
+        return contextlib.nullcontext()
 
     def finish(self) -> int:
         """Return the exit code of a training."""
@@ -305,11 +303,11 @@ class WatchedRun:
         count, cuts = len(step.examples), []
         middle = max((n for n in range(1, count) if count % n == 0 and n * n <= count), default=1)
         self._kept = []
-        was = self.loader.config
+        was = self.loader.micro_batch_size
         self.model.eval()  # dropout draws other numbers for other micro-batches
         try:
             for size in sorted({1, count // middle if middle > 1 else count, count}):
-                self.loader.config = replace(was, per_device_train_batch_size=size)
+                self.loader.micro_batch_size = size
                 other = next(iter(self.loader.after(step.number - 1)))
                 self._begin(other)
                 with self._in_float32():
@@ -320,7 +318,7 @@ class WatchedRun:
                 )
         finally:
             self.model.train()
-            self.loader.config, self._kept = was, None
+            self.loader.micro_batch_size, self._kept = was, None
         return cuts
 
     @contextlib.contextmanager

@@ -105,11 +105,16 @@ class NonFiniteGuard:
             self.drop_gradients()
         return self.bad_step is not None
 
+    def forget(self, step: Step) -> None:
+        """Forget a step that was begun and comes again, made anew."""
+        self._recent = [each for each in self._recent if each is not step]
+
     def drop_gradients(self) -> None:
-        """Leave out a step whose gradients are complete."""
+        """Leave out a step, whatever there is of its gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         scaler = self.runtime.precision.scaler
         if scaler.is_enabled():
+            scaler.scale(self._first)  # it makes its scale when it is first used, which may not have been
             scaler.update(scaler.get_scale())  # the same scale, and the gradients of the next step are scaled anew
 
     def repetitions(self) -> Iterator[Step]:
