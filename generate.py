@@ -4,6 +4,7 @@ import sys
 
 from emoft import start
 from emoft.config import GenerateConfig
+from emoft.device import choose_device
 from emoft.errors import UserError, guarded, run, warn
 from emoft.model.prompts import read_prompts
 
@@ -32,7 +33,7 @@ from emoft.model.kernels import use_fast_kernels
 from emoft.model.loading import check_fit, load_model
 from emoft.model.tokenizer import load_tokenizer
 from emoft.terminal import progress
-from emoft.training.precision import Precision, choose_device
+from emoft.training.precision import Precision
 
 SAMPLING = ("temperature", "top_k", "top_p")  # flags that only --do_sample has a use for
 

@@ -8,6 +8,7 @@ import sys
 
 from emoft import start, streams
 from emoft.config import TrainConfig
+from emoft.device import choose_device
 
 if __name__ == "__main__":
     streams.prepare(output_is_optional=True)  # a full disk of the log, or a closed terminal, is no reason to end a run
@@ -42,7 +43,7 @@ from emoft.tracking.run_state import RunState
 from emoft.training.contrast import LabelContrast
 from emoft.training.loss import cross_entropy, shift_labels
 from emoft.training.optimizer import build_optimizer, build_schedule, clip_in_next_step
-from emoft.training.precision import Precision, choose_device
+from emoft.training.precision import Precision
 from emoft.training.randomness import seed_rank
 from emoft.training.runtime import Runtime
 from emoft.training.signals import StopSignals

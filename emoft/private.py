@@ -33,7 +33,7 @@ def flash_attention(
     """Compute causal attention within each of several rows that lie end to end, on a GPU (FlashAttention, Dao, 2023).
 
     As of torch 2.13 the public name for this, `torch.nn.attention.varlen.varlen_attn`, calls the same operator, but
-    knows no dropout.
+    knows no dropout: it is used without any.
 
     Args:
         query: (N, H, D) of N tokens, H heads, D dimensions, in half precision; key and value likewise.

@@ -20,6 +20,7 @@ from emoft.checkpoints.state import TrainingState
 from emoft.config import TrainConfig
 from emoft.data.steps import Step, StepLoader
 from emoft.data.tokens import decode, unigram_entropy
+from emoft.device import give_back_memory, set_random_state
 from emoft.distributed.parallel import load_weights
 from emoft.errors import UserError, is_out_of_memory, memory_asked_for
 from emoft.evaluate.classification import Classification, classify
@@ -35,9 +36,8 @@ from emoft.tracking.throughput import measure_flops
 from emoft.tracking.tracker import Moment, Tracker
 from emoft.training.contrast import LabelContrast
 from emoft.training.loss import given_targets
-from emoft.training.memory import MemoryFit, give_back_memory, has_begun_update
+from emoft.training.memory import MemoryFit, has_begun_update
 from emoft.training.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, describe, refusal
-from emoft.training.randomness import set_random_state
 from emoft.training.runtime import Runtime
 from emoft.training.spikes import MOST_FILES, Spike, SpikeWatch
 from emoft.training.spikes import describe as describe_spike

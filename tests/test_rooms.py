@@ -13,7 +13,7 @@ ORDER = [
     ["emoft.terminal", "emoft.files", "emoft.private", "emoft.sentences"],
     ["emoft.flags", "emoft.suggestions", "emoft.help", "emoft.command_line"],
     ["emoft.config"],
-    ["emoft.hints"],
+    ["emoft.hints", "emoft.device"],
     ["emoft.distributed"],
     ["emoft.data"],
     ["emoft.training"],

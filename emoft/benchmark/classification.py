@@ -15,6 +15,7 @@ from emoft.benchmark.lengths import draw_lengths
 from emoft.config import TrainConfig
 from emoft.data.template import TextFormat
 from emoft.data.tokens import encode
+from emoft.device import choose_device, synchronize
 from emoft.distributed.world import World
 from emoft.evaluate.classification import classify
 from emoft.evaluate.scoring import evaluate
@@ -22,8 +23,7 @@ from emoft.model.attention import use_packed_attention
 from emoft.model.kernels import use_fast_kernels
 from emoft.model.loading import TextModel
 from emoft.terminal import Bar
-from emoft.tracking.throughput import synchronize
-from emoft.training.precision import Precision, choose_device
+from emoft.training.precision import Precision
 from emoft.training.runtime import Runtime
 
 LABELS = list("abcdef")  # of one token each

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from emoft.device import peak_memory, reset_peak_memory, synchronize
 from emoft.errors import UserError
-from emoft.tracking.throughput import synchronize
 
 
 class Turns:
@@ -41,25 +41,6 @@ class Turns:
             reset_peak_memory(self.device)
             self.started = time.perf_counter()
         self.left -= 1
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that this process held since the last reset; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved()
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` begin anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def rank_environments(processes: int) -> list[dict[str, str]]:

@@ -5,15 +5,16 @@ from pathlib import Path
 import torch
 
 from emoft.benchmark.config import BenchmarkConfig
-from emoft.training.precision import Precision, choose_device
+from emoft.device import choose_device
+from emoft.training.precision import Precision
 
 
 def describe_machine(config: BenchmarkConfig) -> str:
     """Return the device, the precision of emoft on it, and torch's version, in words."""
     device = choose_device(config.use_cpu)
     beside = f"{Precision(config.mixed_precision, device).name}, torch {torch.__version__}"
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name()}, {beside}"
+    if device.type in ("cuda", "xpu"):
+        return f"{torch.get_device_module(device).get_device_name()}, {beside}"
     names: list[str] = []
     if Path("/proc/cpuinfo").exists():
         names = [

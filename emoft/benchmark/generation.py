@@ -17,16 +17,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.benchmark.config import BenchmarkConfig, Report
-from emoft.benchmark.contenders import Contender, peak_memory, reset_peak_memory
+from emoft.benchmark.contenders import Contender
 from emoft.benchmark.lengths import draw_lengths
 from emoft.config import GenerateConfig
+from emoft.device import choose_device, peak_memory, reset_peak_memory, synchronize
 from emoft.model.generation import choose_generation_precision, generate_all
 from emoft.model.kernels import use_fast_kernels
 from emoft.model.loading import load_model
 from emoft.model.tokenizer import load_tokenizer, train_tokenizer
 from emoft.terminal import Bar
-from emoft.tracking.throughput import synchronize
-from emoft.training.precision import choose_device
 
 PIPELINE, EMOFT = "pipeline, by its defaults", "emoft, by its defaults"
 SENTENCE = "i feel that this day was like no other before it and still like all of them"

@@ -15,12 +15,13 @@ from emoft.benchmark.config import BenchmarkConfig, Report
 from emoft.benchmark.contenders import Contender, Turns
 from emoft.benchmark.training import load_texts_and_model, take_all_turns
 from emoft.config import TrainConfig
-from emoft.data.batching import MULTIPLE, Batch, epoch_batches, pack, pad
+from emoft.data.batching import Batch, epoch_batches, pack, pad
+from emoft.device import choose_device, token_multiple
 from emoft.model.attention import use_packed_attention
 from emoft.model.kernels import keep_freed_memory, use_fast_dropout, use_fast_gelu
 from emoft.training.loss import cross_entropy, shift_labels
 from emoft.training.optimizer import build_optimizer, clip_in_next_step
-from emoft.training.precision import Precision, choose_device
+from emoft.training.precision import Precision
 
 PLAIN = "plain loop: padded, float32"
 PACKED, HALF, AT_TARGETS, FUSED_LOSS = "packed", "half precision", "logits at targets only", "fused loss"
@@ -64,7 +65,7 @@ class Rung:
         if DROPOUT in self.on:
             use_fast_dropout(model)
         if MEMORY in self.on:
-            keep_freed_memory()
+            keep_freed_memory(precision.device)
         self.optimizer: Optimizer = build_optimizer(model, config)
         if FUSED_ADAMW not in self.on:
             # One small kernel after another for each parameter, as AdamW's formula is written.
@@ -79,7 +80,7 @@ class Rung:
         rows = [{"input_ids": text} for text in texts]
         device = self.precision.device
         # A padded batch is as wide as its longest text: a plain loop knows of no multiples.
-        batch = pack(rows, 0, MULTIPLE.get(device.type, 8)) if PACKED in self.on else pad(rows, 0)
+        batch = pack(rows, 0, token_multiple(device)) if PACKED in self.on else pad(rows, 0)
         return batch.to(device)
 
     def step(self, batch: Batch) -> Tensor:

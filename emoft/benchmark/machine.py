@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import GPT2Config
 
-from emoft.tracking.throughput import block_weights, seconds_of, training_operations
+from emoft.device import seconds_of
+from emoft.tracking.throughput import block_weights, training_operations
 from emoft.training.precision import Precision
 
 STREAM_BYTES = 256 << 20  # of each array of the addition whose bandwidth is taken for the device's

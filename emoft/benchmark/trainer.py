@@ -14,8 +14,9 @@ from emoft.benchmark.device import describe_machine
 from emoft.benchmark.machine import Machine, least_seconds
 from emoft.benchmark.training import EMOFT, FLATTENED, TUNED, TUTORIAL, model_and_lengths, take_all_turns
 from emoft.data.batching import epoch_batches
+from emoft.device import choose_device
 from emoft.errors import UserError, warn
-from emoft.training.precision import Precision, choose_device
+from emoft.training.precision import Precision
 
 
 @dataclass

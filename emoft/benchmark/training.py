@@ -20,12 +20,13 @@ from emoft.benchmark.machine import Machine, measure_bandwidth
 from emoft.config import TrainConfig
 from emoft.data.batching import epoch_batches
 from emoft.data.template import TextFormat
+from emoft.device import choose_device
 from emoft.distributed.world import World
 from emoft.model.loading import TextModel, load_model_and_tokenizer
 from emoft.model.tokenizer import train_tokenizer
 from emoft.terminal import Bar
 from emoft.tracking.throughput import measure_flops
-from emoft.training.precision import Precision, choose_device
+from emoft.training.precision import Precision
 
 TUTORIAL, TUNED, FLATTENED, EMOFT = (
     "Trainer, as in the tutorial",

@@ -13,13 +13,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from emoft.config import TrainConfig
 from emoft.data.tokens import checksum
+from emoft.device import random_state, set_random_state
 from emoft.distributed.parallel import load_optimizer_state, whole_optimizer_state
 from emoft.distributed.world import World
 from emoft.errors import UserError, warn
 from emoft.files import TRAINING_STATE_FILE
 from emoft.flags import flags_on_resume
 from emoft.tracking.run_state import RunState
-from emoft.training.randomness import random_state, seed_rank, set_random_state
+from emoft.training.randomness import seed_rank
 from emoft.training.runtime import Runtime
 
 STATE = {"examples_per_step", "data_checksum", "optimizer", "schedule", "scaler", "random_states", "run"}

@@ -11,12 +11,9 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from emoft.device import pins_memory, token_multiple
 from emoft.distributed.world import World
 from emoft.errors import is_out_of_memory
-
-# The tokens of a batch are filled up to a multiple of this. Every new shape costs its first matrix products: oneDNN
-# compiles code for it and keeps that (a gigabyte after a few hundred shapes), cuBLAS and torch.compile choose anew.
-MULTIPLE = {"cpu": 8, "cuda": 64}
 
 IGNORED = -100  # the label of what is no target, as in torch and transformers
 
@@ -312,12 +309,12 @@ def build_loader(
     def collate(rows: list[dict[str, Any]]) -> Batch:
         lay_out = {"packed": pack, "padded": pad}[batching]
         laid_out = with_rivals(rows) if with_rivals and rows else rows
-        return replace(lay_out(laid_out, pad_id, MULTIPLE[device.type]), rivals=len(laid_out) - len(rows))
+        return replace(lay_out(laid_out, pad_id, token_multiple(device)), rivals=len(laid_out) - len(rows))
 
     return DataLoader(
         rows,
         batch_sampler=batches,
         collate_fn=collate,
-        pin_memory=device.type == "cuda",  # lets the copy to the GPU run beside the computation
+        pin_memory=pins_memory(device),  # lets the copy to the GPU run beside the computation
         generator=torch.Generator(),  # its own, so that making a loader draws nothing from dropout's random numbers
     )

@@ -78,7 +78,7 @@ def replicate(transformer: nn.Module, device: torch.device) -> nn.Module:
     """Return a transformer whose gradients are averaged over all ranks in its backward pass, bucket by bucket."""
     from torch.nn.parallel import DistributedDataParallel  # here, as in `shard`
 
-    ids = [device.index] if device.type == "cuda" else None
+    ids = [device.index] if device.type != "cpu" else None
     return DistributedDataParallel(transformer, device_ids=ids, gradient_as_bucket_view=True)
 
 

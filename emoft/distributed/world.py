@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, but not listed
 from torch.distributed.rendezvous import rendezvous
 
+from emoft.device import backend
 from emoft.distributed.heartbeat import Heartbeat
 from emoft.errors import UserError
 
@@ -160,12 +161,11 @@ class World:
         if not self.launched:
             yield self
             return
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
             with self._meeting():
                 launch_store = next(rendezvous("env://"))[0]
                 store = _meeting_place(launch_store, self.rank, self.size)
-                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
+                dist.init_process_group(backend(), store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
                 heartbeat = Heartbeat(is_speaker=self.local_rank == 0)
         except RuntimeError as error:
             _leave_without_finalizing(2)

@@ -15,6 +15,7 @@ from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_evaluation_splits
 from emoft.data.template import TextFormat
 from emoft.data.tokens import describe_cut, tokenize
+from emoft.device import choose_device
 from emoft.distributed.world import World
 from emoft.errors import UserError, warn
 from emoft.evaluate.classification import Classification, classify, log_prior
@@ -27,7 +28,7 @@ from emoft.model.attention import use_packed_attention
 from emoft.model.kernels import keep_freed_memory, use_fast_kernels
 from emoft.model.loading import TextModel, check_fit, load_model
 from emoft.model.tokenizer import load_tokenizer
-from emoft.training.precision import Precision, choose_device
+from emoft.training.precision import Precision
 from emoft.training.runtime import Runtime
 
 
@@ -67,7 +68,8 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: something the user can mend.
     """
-    keep_freed_memory()
+    device = choose_device(config.use_cpu)
+    keep_freed_memory(device)
     torch.manual_seed(config.seed)
     text_format = read_format(config)
     if config.generate and not text_format.has_label:
@@ -98,7 +100,7 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
             f"--max_length {text_format.max_length} is above the model's {model.config.n_positions} positions: lower it"
         )
     # One process: torchrun is for training.
-    runtime = Runtime(World(), Precision(config.mixed_precision, choose_device(config.use_cpu)))
+    runtime = Runtime(World(), Precision(config.mixed_precision, device))
     model.to(runtime.device)  # type: ignore[arg-type]  # a fault of the library's types
     use_packed_attention(model)
     use_fast_kernels(model)

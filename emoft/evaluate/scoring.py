@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 from emoft.data.batching import IGNORED, Batch, halve_until_it_fits, split_loader
 from emoft.data.duplicates import overlap
 from emoft.data.tokens import byte_lengths
+from emoft.device import sums_type
 from emoft.distributed.parallel import is_sharded
 from emoft.evaluate.intervals import Interval, intervals, renamed
 from emoft.model.loading import TextModel
@@ -120,7 +121,7 @@ def score_examples(
 ) -> Scores | None:
     """Return what the model gives each example of a loader, in the order of the data set.
 
-    Sums are kept in float64, so that neither the order of the batches nor their form shows in the result.
+    Sums are kept in float64, where the device has it, so that neither the order of the batches nor their form shows.
 
     Args:
         model: in either mode; dropout is off meanwhile.
@@ -138,7 +139,7 @@ def score_examples(
     if token_bytes is None:
         token_bytes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     token_bytes = token_bytes.to(device)
-    sums = torch.zeros(3, len(loader.dataset), dtype=torch.float64, device=device)  # type: ignore[arg-type]
+    sums = torch.zeros(3, len(loader.dataset), dtype=sums_type(device), device=device)  # type: ignore[arg-type]
 
     def score(batch: Batch, examples: list[int]) -> None:
         """Add the scores of a batch to the sums, all at its end, so that one that fails has added nothing."""
@@ -152,7 +153,7 @@ def score_examples(
             losses = cross_entropy(hidden, model.lm_head.weight, targets, batch.predicting)  # (K,)
         targets = targets.flatten()[batch.predicting]  # (K,)
         is_target = targets != IGNORED
-        values = torch.stack([losses.double(), is_target, token_bytes[targets.clamp(min=0)] * is_target])
+        values = torch.stack([losses.to(sums.dtype), is_target, token_bytes[targets.clamp(min=0)] * is_target])
         sums.index_add_(1, owners, values)
 
     for batch, examples in zip(progress(loader, description, "batches"), loader.batch_sampler or (), strict=True):

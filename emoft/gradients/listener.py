@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import GPT2LMHeadModel
 
 from emoft.data.batching import Batch
+from emoft.device import sums_type
 
 SATURATED = -3.0  # below it GELU passes about 1 % of a gradient or less
 
@@ -70,12 +71,13 @@ class Listener:
                 return
             tokens = hidden.detach()[self._is_token].float()  # (N, C)
             squares = tokens.square()
-            self.sums[f"activation_norm/{name}"] = _sum_of(squares.sum(dtype=torch.float64), len(tokens))
-            self.sums[f"fourth_powers/{name}"] = _sum_of(squares.square().sum(dtype=torch.float64), tokens.numel())
+            self.sums[f"activation_norm/{name}"] = _sum_of(squares.sum(dtype=sums_type(tokens.device)), len(tokens))
+            fourth_powers = squares.square().sum(dtype=sums_type(tokens.device))
+            self.sums[f"fourth_powers/{name}"] = _sum_of(fourth_powers, tokens.numel())
             hidden.register_hook(look_at_gradient)
 
         def look_at_gradient(gradient: Tensor) -> None:
-            norm = gradient[self._is_token].float().norm().double() / self.loss_scale
+            norm = gradient[self._is_token].float().norm().to(sums_type(gradient.device)) / self.loss_scale
             self.sums.setdefault(f"activation_gradient/{name}", _sum_of(norm**2, 1))
 
         return look
@@ -133,7 +135,7 @@ class Listener:
             gradients, squares = gradient.flatten(0, -2), []
             for places in self._places[number]:
                 x, d = values[places].float(), gradients[places].float() / self.loss_scale
-                squares.append(((x @ x.T) * (d @ d.T)).sum(dtype=torch.float64))
+                squares.append(((x @ x.T) * (d @ d.T)).sum(dtype=sums_type(x.device)))
             found = torch.stack(squares)
             known = self.squares[number]
             self.squares[number] = known.to(found.device) + found if len(known) else found
@@ -156,7 +158,8 @@ def attention_scores(attention: Any, rows: Tensor) -> Tensor:
 
 
 def _sum_of(total: Tensor, count: int) -> Tensor:
-    return torch.stack([total.double(), total.new_tensor(count, dtype=torch.float64)])
+    dtype = sums_type(total.device)
+    return torch.stack([total.to(dtype), total.new_tensor(count, dtype=dtype)])
 
 
 def gradient_noise(squares: list[float], whole_square: float) -> tuple[float, float]:

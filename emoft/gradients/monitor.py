@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from emoft.config import TrainConfig
 from emoft.data.steps import Step
+from emoft.device import sums_type
 from emoft.distributed.parallel import whole
 from emoft.distributed.world import World
 from emoft.gradients.listener import Listener, gradient_noise
@@ -300,7 +301,7 @@ def histogram(tensors: Sequence[Tensor]) -> Histogram:
             # Twice as fast as torch.histc on a CPU.
             bins = ((values - low) * (BINS / (high - low))).clamp_(0, BINS - 1).to(torch.uint8)
             counts += torch.bincount(bins, minlength=BINS)
-    total = sum(part.sum(dtype=torch.float64).item() for part in parts)
+    total = sum(part.sum(dtype=sums_type(part.device)).item() for part in parts)
     squares = sum(part.norm().item() ** 2 for part in parts)
     return Histogram(low, high, counts.tolist(), total, squares, size - finite)
 

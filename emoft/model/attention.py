@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from emoft.errors import warn
 from emoft.model.kernels import dropout as fast_dropout
 from emoft.private import flash_attention
 
@@ -23,6 +25,11 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, packed_mask)
     model.set_attn_implementation(NAME)
+    for block in model.get_decoder().h:
+        # Chosen once, and by half precision type: the model computes in either by autocast.
+        block.attn.packed_kernels = {
+            dtype: choose_kernel(model.device, dtype, block.attn.head_dim) for dtype in (torch.bfloat16, torch.float16)
+        }
     model.get_decoder().register_forward_pre_hook(_leave_mask, with_kwargs=True)
 
 
@@ -81,23 +88,53 @@ def packed_attention(
     """
     if boundaries is None or padded_index is None:
         return sdpa_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if choose_kernel(query.device.type, query.dtype) == "varlen":
+    if getattr(module, "packed_kernels", {}).get(query.dtype) == "varlen":
         return varlen_attention(query, key, value, boundaries, longest, dropout, scaling), None
     return repadded_attention(query, key, value, padded_index, len(boundaries) - 1, longest, dropout, scaling), None
 
 
-def choose_kernel(device_type: str, dtype: torch.dtype) -> str:
-    """Return "varlen" where FlashAttention computes unpadded rows (half precision on a GPU), else "repadded"."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return "varlen" if device_type == "cuda" and half and torch.cuda.get_device_capability() >= (8, 0) else "repadded"
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """Return "varlen" where FlashAttention computes rows without padding, else "repadded".
+
+    It exists for half precision on NVIDIA GPUs from Ampere on (compute capability 8.0) and for heads of up to 256
+    dimensions, a multiple of 8 (Dao, 2023). Whether this torch was built with it (on Windows it is not) shows a trial.
+    """
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    if device.type != "cuda" or not is_half or torch.version.hip or head_size % 8 or head_size > 256:
+        return "repadded"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "repadded"
+    try:
+        rows = torch.zeros(1, 1, 8, head_size, dtype=dtype, device=device, requires_grad=True)
+        boundaries = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+        for dropout in (0.0, 0.1):
+            varlen_attention(rows, rows, rows, boundaries, 8, dropout, None).sum().backward()
+    except (RuntimeError, NotImplementedError) as error:
+        warn(f"FlashAttention does not run here ({str(error).splitlines()[0]}): attention pads its rows instead")
+        return "repadded"
+    return "varlen"
 
 
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Causal attention over rows of different lengths, without any padding. See `private.flash_attention`."""
+    """Causal attention over rows of different lengths, without any padding (FlashAttention, Dao, 2023)."""
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, H, D)
-    return flash_attention(query, key, value, boundaries, longest, dropout, scaling)[None]
+    if dropout:  # of which the public function knows nothing
+        return flash_attention(query, key, value, boundaries, longest, dropout, scaling)[None]
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_q=boundaries,
+        cu_seq_k=boundaries,
+        max_q=longest,
+        max_k=longest,
+        scale=scaling,
+        window_size=(-1, 0),  # all earlier places, and no later one
+    )
+    assert isinstance(output, Tensor)  # it would be a pair if its other results were asked for
+    return output[None]
 
 
 def repadded_attention(

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from emoft.data.tokens import decode, make_tokens, token_bytes
+from emoft.device import random_state, set_random_state
 from emoft.distributed.parallel import is_sharded
 from emoft.errors import UserError, is_out_of_memory
 from emoft.model.loading import TextModel
@@ -253,12 +254,12 @@ def sample_texts(text_model: TextModel, seed: int) -> dict[str, str]:
     prompts = text_format.prompts()
     was_training = model.training
     model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        results = generate_batch(
-            model, text_model.tokenizer, list(prompts.values()), text_format.max_length, do_sample=True, top_k=50
-        )
+    before = random_state(model.device)
+    torch.manual_seed(seed)
+    results = generate_batch(
+        model, text_model.tokenizer, list(prompts.values()), text_format.max_length, do_sample=True, top_k=50
+    )
+    set_random_state(before, model.device)
     model.train(was_training)
     return {name: result.text for name, result in zip(prompts, results, strict=True)}
 

@@ -92,14 +92,14 @@ def compiled(transformer: nn.Module) -> nn.Module:
     return torch.compile(transformer, dynamic=True)  # type: ignore[return-value]  # a module around the module
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(device: torch.device) -> None:
     """Let the process keep memory that it frees, for the next step, instead of returning it to the kernel.
 
     By default glibc returns big blocks at once, and each step gets them back page by page, filled with zeros by the
     kernel: up to a third of a step's time on the CPU. See mallopt(3). Elsewhere than on Linux with glibc, nothing
     happens.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or device.type != "cpu":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -21,7 +21,7 @@ def prepare(model: GPT2LMHeadModel, config: TrainConfig, world: World, device: t
     Raises:
         UserError: the flags ask for what this model, this machine or this number of processes cannot do.
     """
-    keep_freed_memory()
+    keep_freed_memory(device)
     check_parallel(config.parallel, world, model)
     if config.parallel == "fsdp":
         shard(model, world, device)

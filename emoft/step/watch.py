@@ -22,6 +22,7 @@ from emoft.checkpoints.search import find_checkpoint
 from emoft.checkpoints.state import TrainingState
 from emoft.config import TrainConfig
 from emoft.data.steps import Step, StepLoader
+from emoft.device import random_state, set_random_state
 from emoft.distributed.world import World
 from emoft.errors import UserError
 from emoft.gradients.monitor import GradientMonitor, group_blocks
@@ -37,7 +38,6 @@ from emoft.tracking.run_state import RunState
 from emoft.training.contrast import LabelContrast
 from emoft.training.loss import given_targets
 from emoft.training.nonfinite import NonFiniteGuard
-from emoft.training.randomness import random_state, set_random_state
 from emoft.training.runtime import Runtime
 
 NUDGE = 1e-4  # of a weight, for the finite difference

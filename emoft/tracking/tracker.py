@@ -20,6 +20,7 @@ from emoft.data.duplicates import distinct_share
 from emoft.data.label_information import told_by_words
 from emoft.data.steps import Step
 from emoft.data.tokens import cut_share
+from emoft.device import memory_in_use, sums_type
 from emoft.distributed.world import World
 from emoft.errors import warn
 from emoft.evaluate.classification import Classification
@@ -32,7 +33,7 @@ from emoft.terminal import TrainingBar, say
 from emoft.tracking.charts import DEPTH_CHARTS, GUIDE_LEVEL, TAGS
 from emoft.tracking.events import EventFile
 from emoft.tracking.run_state import SUMS, RunState
-from emoft.tracking.throughput import memory_in_use, training_operations
+from emoft.tracking.throughput import training_operations
 from emoft.training.nonfinite import Fault
 from emoft.training.spikes import Spike
 
@@ -79,7 +80,7 @@ class Tracker:
         # Loss, targets and clipped steps, summed on the device: reading a number from a GPU waits for all that it
         # still has to do.
         sums = [run.loss_sum, run.loss_tokens, run.clipped_steps]
-        self._sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        self._sums = torch.tensor(sums, dtype=sums_type(self.device), device=self.device)
         folder = self.output_dir / EVENTS_FOLDER
         self.events = EventFile(folder, config, world.is_main, self.warn)
         self._step: Step | None = None  # the latest
@@ -133,7 +134,7 @@ class Tracker:
         run.tokens += tokens
         run.operations += training_operations(self.shape, step.lengths)
         is_clipped = grad_norm > (self.config.max_grad_norm or math.inf)
-        row = torch.stack([loss * tokens, torch.full_like(loss, tokens), is_clipped]).double()
+        row = torch.stack([loss * tokens, torch.full_like(loss, tokens), is_clipped]).to(self._sums.dtype)
         self._sums += torch.where(loss.isfinite() & grad_norm.isfinite(), row, 0)
         self.bar.advance(run.train_seconds + time.perf_counter() - self._clock_started)
 

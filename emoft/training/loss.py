@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emoft.data.batching import IGNORED
+from emoft.device import loss_rows
 
-FLOAT_BYTES = 8 << 20  # of logits in float32 at a time: what stays in a processor's cache
 LOGIT_BYTES = 64 << 20  # of logits in float32 at a time in inference: enough rows for a fast matrix product
 WEIGHT_ROWS = 8192  # of the head's gradient at a time, likewise
 
@@ -133,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _rows(logits: Tensor) -> int:
-    return max(1, FLOAT_BYTES // (4 * logits.shape[1]))
+    return loss_rows(logits.device, logits.shape[1])
 
 
 def _widen(logits: Tensor) -> Tensor:

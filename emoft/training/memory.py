@@ -5,7 +5,6 @@ The loss of a step is a sum over its tokens, so that micro-batches of any size c
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -67,9 +66,3 @@ def has_begun_update(optimizer: Optimizer, schedule: LRScheduler) -> bool:
     """Say whether an optimizer has touched a parameter since the schedule last moved. Reads from the device."""
     counts = [int(state.get("step", 0)) for state in optimizer.state.values()]
     return any(count != schedule.last_epoch for count in counts)
-
-
-def give_back_memory() -> None:
-    """Give what the accelerator's allocator keeps of freed memory back to it, so that other shapes can be had of it."""
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()

@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from transformers import GPT2LMHeadModel
 
 from emoft.data.steps import Step
+from emoft.device import random_state, set_random_state
 from emoft.distributed.parallel import whole
 from emoft.errors import UserError
 from emoft.files import fault_file
 from emoft.training.optimizer import skip_next_step_if
-from emoft.training.randomness import random_state, set_random_state
 from emoft.training.runtime import Runtime
 
 REPETITIONS = 2  # of a bad step: what is of the step comes again in each, what is of the device may not

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from emoft.data.batching import IGNORED, Batch, pack, pad
+from emoft.model import attention
 from emoft.model.attention import choose_kernel, use_packed_attention
 from emoft.model.kernels import use_fast_kernels
 from emoft.training.loss import cross_entropy, shift_labels
@@ -203,16 +204,42 @@ def test_a_saved_model_knows_nothing_of_it(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "capability", "kernel"),
+    ("device", "dtype", "capability", "head_size", "kernel"),
     [
-        ("cpu", torch.float32, (9, 0), "repadded"),
-        ("cpu", torch.bfloat16, (9, 0), "repadded"),
-        ("cuda", torch.bfloat16, (9, 0), "varlen"),
-        ("cuda", torch.float16, (8, 0), "varlen"),
-        ("cuda", torch.float16, (7, 5), "repadded"),  # FlashAttention needs an Ampere GPU or a later one
-        ("cuda", torch.float32, (9, 0), "repadded"),
+        ("cpu", torch.bfloat16, (9, 0), 64, "repadded"),
+        ("xpu", torch.bfloat16, (9, 0), 64, "repadded"),
+        ("cuda", torch.bfloat16, (9, 0), 64, "varlen"),
+        ("cuda", torch.float16, (8, 0), 256, "varlen"),
+        ("cuda", torch.float16, (7, 5), 64, "repadded"),  # FlashAttention needs an Ampere GPU or a later one
+        ("cuda", torch.float32, (9, 0), 64, "repadded"),
+        ("cuda", torch.bfloat16, (9, 0), 10, "repadded"),
+        ("cuda", torch.bfloat16, (9, 0), 264, "repadded"),
     ],
 )
-def test_choice_of_kernel(monkeypatch, device: str, dtype: torch.dtype, capability: tuple, kernel: str) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert choose_kernel(device, dtype) == kernel
+def test_choice_of_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    head_size: int,
+    kernel: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    # The trial runs on the CPU here, by the kernel that stands in for FlashAttention's.
+    zeros, tensor = torch.zeros, torch.tensor
+    monkeypatch.setattr(torch, "zeros", lambda *size, **named: zeros(*size, **named | {"device": "cpu"}))
+    monkeypatch.setattr(torch, "tensor", lambda *value, **named: tensor(*value, **named | {"device": "cpu"}))
+    monkeypatch.setattr(attention, "varlen_attention", lambda query, *others: query)
+    assert choose_kernel(torch.device(device), dtype, head_size) == kernel
+
+
+def test_a_kernel_that_torch_was_not_built_with_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FlashAttention's operator really fails here, where there is no GPU: as where torch was built without it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    zeros, tensor = torch.zeros, torch.tensor
+    monkeypatch.setattr(torch, "zeros", lambda *size, **named: zeros(*size, **named | {"device": "cpu"}))
+    monkeypatch.setattr(torch, "tensor", lambda *value, **named: tensor(*value, **named | {"device": "cpu"}))
+    assert choose_kernel(torch.device("cuda"), torch.bfloat16, 64) == "repadded"
+    assert "FlashAttention does not run here" in capsys.readouterr().err

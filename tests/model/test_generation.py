@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2LMHeadModel, GPT2Tokenizer, NoRepeatNGramLogitsProcessor
 
 from emoft.data.template import TextFormat
+from emoft.device import half_precision
 from emoft.errors import UserError
 from emoft.model.generation import (
     NoRepeatNGram,
@@ -17,7 +18,7 @@ from emoft.model.generation import (
     sample_texts,
 )
 from emoft.model.loading import TextModel
-from emoft.training.precision import Precision, choose_precision
+from emoft.training.precision import Precision
 
 CPU = torch.device("cpu")
 
@@ -167,7 +168,7 @@ def test_each_prompt_gets_together_what_it_gets_alone(
 
 def test_a_cpu_computes_few_texts_in_float32() -> None:
     assert choose_generation_precision("auto", CPU, 15).name == "no"
-    assert choose_generation_precision("auto", CPU, 16).name == choose_precision(CPU)
+    assert choose_generation_precision("auto", CPU, 16).name == half_precision(CPU)
     assert choose_generation_precision("bf16", CPU, 1).name == "bf16"
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from emoft.training.precision import Precision, choose_device, choose_precision
+from emoft.device import choose_device, half_precision
+from emoft.training.precision import Precision
 
 CPU = torch.device("cpu")
 
@@ -21,7 +22,7 @@ def test_autocast_sets_the_type_of_matrix_products(name: str, dtype: torch.dtype
 def test_auto_is_what_the_processor_computes_in() -> None:
     flags = open("/proc/cpuinfo").read() if torch.cpu.is_available() else ""  # noqa: SIM115
     expected = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "no"
-    assert choose_precision(CPU) == Precision("auto", CPU).name == expected
+    assert half_precision(CPU) == Precision("auto", CPU).name == expected
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_auto_is_what_the_processor_computes_in() -> None:
 )
 def test_auto_on_other_processors(monkeypatch: pytest.MonkeyPatch, able: dict[str, bool], expected: str) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    assert choose_precision(CPU) == expected
+    assert half_precision(CPU) == expected
 
 
 def test_the_names_of_what_a_processor_can_do() -> None:
