@@ -4,7 +4,6 @@ import sys
 
 from emoft import start
 from emoft.config import GenerateConfig
-from emoft.device import choose_device
 from emoft.errors import UserError, guarded, run, warn
 from emoft.model.prompts import read_prompts
 
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
+from emoft.device import choose_device
 from emoft.model.generation import (
     Generated,
     TerminalStreamer,

@@ -8,7 +8,6 @@ import sys
 
 from emoft import start, streams
 from emoft.config import TrainConfig
-from emoft.device import choose_device
 
 if __name__ == "__main__":
     streams.prepare(output_is_optional=True)  # a full disk of the log, or a closed terminal, is no reason to end a run
@@ -33,11 +32,13 @@ from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_splits
 from emoft.data.steps import StepLoader
 from emoft.data.tokens import check_room, describe_cut, tokenize
+from emoft.device import choose_device
 from emoft.distributed.parallel import exchange_gradients
 from emoft.distributed.world import World
 from emoft.gradients.monitor import GradientMonitor
 from emoft.model.loading import TextModel, load_model_and_tokenizer
 from emoft.model.preparation import prepare
+from emoft.plan import Plan
 from emoft.run import Run
 from emoft.tracking.run_state import RunState
 from emoft.training.contrast import LabelContrast
@@ -83,7 +84,8 @@ def train(
         config: all flags.
         world: the processes that train together, each of which runs this function; without torchrun there is one.
         load: gives the model and the data; the benchmark draws both.
-        run_class: what stands around the loop; `python -m emoft.step` has one that watches a step.
+        run_class: what stands around the loop; --plan has one that measures a few steps, and `python -m emoft.step` one
+            that watches a step.
 
     Returns:
         The exit code: 0, or 129, 130 or 143 if a signal stopped the run after saving.
@@ -168,9 +170,9 @@ def main(config: TrainConfig) -> int:
     with (
         world.only_main_speaks(),
         world.connected() as world,
-        locked(Path(config.output_dir)) if world.is_main else nullcontext(),
+        locked(Path(config.output_dir)) if world.is_main and not config.plan else nullcontext(),
     ):
-        return train(config, world)
+        return train(config, world, run_class=Plan if config.plan else Run)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,9 @@ class TrainConfig:
         "gpt2-emotion-finetuned", "folder of the model, checkpoints and logs", begins_group="Output", on_resume="free"
     )
     overwrite_output_dir: bool = option(False, "delete the run that output_dir holds and start anew", on_resume="free")
+    plan: bool = option(
+        False, "compute a few steps, tell what the run will use and take, and end before it begins", on_resume="free"
+    )
     logging_steps: Count = option(50, "optimizer steps between two log entries")
     eval_steps: CountOrOff = option(0, "optimizer steps between two evaluations (0: at the end of each epoch)")
     save_steps: CountOrOff = option(10_000, "optimizer steps between two checkpoints (0: off)", on_resume="free")

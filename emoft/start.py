@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TextIO, TypeVar
 
 from emoft.errors import UserError, guarded, program
 
+STARTED = time.perf_counter()  # the scripts import this module first
 SCRIPTS = ("train.py", "generate.py", "emoft.evaluate", "emoft.gradients", "emoft.step", "emoft.benchmark")
 
 

@@ -91,10 +91,10 @@ class Bar:
     def _figures(self) -> list[str]:
         seconds, done = time.monotonic() - self._started, self.done
         if not self.total:
-            return [f"{done:,} {self.unit}"] * bool(self.unit) + [_clock(seconds)]
+            return [f"{done:,} {self.unit}"] * bool(self.unit) + [clock(seconds)]
         count, total = (tqdm.format_sizeof(n, "B") if self.unit == "B" else f"{n:,}" for n in (done, self.total))
         counted = f"{count}/{total} {self.unit.removeprefix('B')}".strip() if self.unit else ""
-        left = f"{_clock(seconds * (self.total - done) / done)} left" if done else ""
+        left = f"{clock(seconds * (self.total - done) / done)} left" if done else ""
         return [text for text in (counted, self.note, left) if text]
 
     def _show(self) -> None:
@@ -179,7 +179,7 @@ class TrainingBar:
             self._line.close()
 
     def _left(self) -> str:
-        return f"{_clock((self.total_steps - self.step) * self._seconds_per_step)} left"
+        return f"{clock((self.total_steps - self.step) * self._seconds_per_step)} left"
 
     def _layout(self, width: int) -> str:
         figures = [f"{self.step}/{self.total_steps}"]
@@ -252,7 +252,7 @@ def _escaped(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Return a time as 1:02 or 1:00:02."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)

@@ -22,6 +22,7 @@ ORDER = [
     ["emoft.tracking"],
     ["emoft.checkpoints"],
     ["emoft.start", "emoft.run"],
+    ["emoft.plan"],
     ["train", "generate"],
     ["emoft.step", "emoft.benchmark"],
 ]

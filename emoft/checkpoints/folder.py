@@ -122,7 +122,12 @@ def prepare_output_dir(config: TrainConfig, resumes: bool = False) -> Path:
 
 
 def begin_output_dir(config: TrainConfig, world: World, resumes: bool) -> Path:
-    """Make the folder ready for a run, and write its configuration there; see `prepare_output_dir`."""
+    """Make the folder ready for a run, and write its configuration there; see `prepare_output_dir`.
+
+    A plan of a run writes nothing.
+    """
+    if config.plan:
+        return Path(config.output_dir)
     output_dir = world.on_main(lambda: prepare_output_dir(config, resumes))
     world.on_main(world.begin_run)
     world.on_main(lambda: save_config(config, output_dir / CONFIG_FILE))

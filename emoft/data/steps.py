@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -99,14 +100,24 @@ class StepLoader:
             # lengths of the examples, which all ranks know, so that nobody has to ask the others, or a GPU.
             yield Step(number, examples, self.lengths[examples], list(islice(micro_batches, len(share))))
 
-    def largest_micro_batch(self, step: Step) -> int:
+    def largest_step(self, steps_taken: int) -> int:
+        """Return the number of the step with the largest micro-batch, of those of an epoch after so many of the run."""
+        epoch, done = divmod(steps_taken, self.steps_per_epoch)
+        steps = epoch_batches(len(self.rows), self.examples_per_step, self.config.seed, epoch)[done:]
+        steps = steps[: max(1, self.total_steps - steps_taken)]
+        return steps_taken + 1 + int(np.argmax([self.largest_micro_batch(examples) for examples in steps]))
+
+    def largest_micro_batch(self, examples: list[int]) -> int:
         """Return how many tokens, with padding, are in the largest micro-batch of a step on any rank.
 
         It is a function of what all ranks know. Rivals of texts are left out: each text has as many.
+
+        Args:
+            examples: of the step.
         """
         sizes = []
         for rank in range(self.world.size):
-            for part in replace(self.world, rank=rank).share(step.examples, self.micro_batch_size):
+            for part in replace(self.world, rank=rank).share(examples, self.micro_batch_size):
                 lengths = self.lengths[part]
                 padded = len(part) * int(lengths.max(initial=0))
                 sizes.append(padded if self.config.batching == "padded" else int(lengths.sum()))

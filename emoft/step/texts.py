@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from emoft.data.batching import IGNORED
+from emoft.data.spelling import spell
 from emoft.data.steps import Step
 from emoft.gradients.leaks import TOLERANCE as UNMOVED
 from emoft.gradients.leaks import hidden_states
@@ -15,7 +16,6 @@ from emoft.gradients.listener import attention_scores
 from emoft.model.loading import TextModel
 from emoft.step.look import Look
 from emoft.step.numbers import Prediction, Text
-from emoft.step.spelling import spell
 
 LIKELIEST = 5
 SEEN_TEXTS = 2  # of which it is measured what each place sees: a forward pass for each of their tokens

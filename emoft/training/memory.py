@@ -40,13 +40,13 @@ class MemoryFit:
         The others would wait in the exchange of gradients for a rank that cannot compute its own. All ranks know the
         lengths of all texts, so that nobody has to be asked whether it is such a step.
         """
-        if self.is_replicated and self.loader.largest_micro_batch(step) > self.state.most_fitted:
+        if self.is_replicated and self.loader.largest_micro_batch(step.examples) > self.state.most_fitted:
             step.agreement = Agreement(self.world)
 
     def fitted(self, step: Step) -> None:
         """Note that a step has fitted in memory."""
         if self.is_replicated:
-            self.state.most_fitted = max(self.state.most_fitted, self.loader.largest_micro_batch(step))
+            self.state.most_fitted = max(self.state.most_fitted, self.loader.largest_micro_batch(step.examples))
 
     def halve(self, step: Step) -> bool:
         """Make the micro-batches from now on half as large; return whether the step that did not fit can come again.
