@@ -48,6 +48,7 @@ from emoft.training.precision import Precision
 from emoft.training.randomness import seed_rank
 from emoft.training.runtime import Runtime
 from emoft.training.signals import StopSignals
+from emoft.training.threads import Threads
 
 Loaded = tuple[TextModel, dict[str, Dataset]]
 
@@ -95,6 +96,7 @@ def train(
     """
     # ---- Set up: model and data, the steps of the run, optimizer and schedule ----------------------------------------
     device = choose_device(config.use_cpu, world.local_rank)
+    threads = Threads(config.num_threads, device)
     precision = Precision(config.mixed_precision, device)
     scaler = precision.scaler  # of the loss, in fp16; otherwise it passes everything through
     checkpoint = world.on_main(lambda: find_checkpoint(config, world))
@@ -114,7 +116,7 @@ def train(
     transformer = prepare(model, config, world, device)
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, loader.total_steps)
-    runtime = Runtime(world, precision, StopSignals(world))
+    runtime = Runtime(world, precision, StopSignals(world), threads)
     training_state = TrainingState(config, runtime, optimizer, schedule, step_size, splits)
     run_state = training_state.restore(saved, checkpoint) if saved and checkpoint else RunState()
     saved = None  # AdamW's moments, of which the optimizer has its own copy

@@ -205,6 +205,12 @@ class TrainConfig:
     )
 
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU", begins_group="Devices", on_resume="free")
+    num_threads: CountOrOff = option(
+        0,
+        "threads on the CPU (0: as many as cores that no other process uses, looked at again each second); a number"
+        " gives the same bits each time",
+        on_resume="free",
+    )
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "under torchrun: a copy of the model on each device, or its weights spread over them", on_resume="free"
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -41,6 +42,7 @@ from emoft.training.nonfinite import MOST_IN_A_ROW, Fault, NonFiniteGuard, descr
 from emoft.training.runtime import Runtime
 from emoft.training.spikes import MOST_FILES, Spike, SpikeWatch
 from emoft.training.spikes import describe as describe_spike
+from emoft.training.threads import note_threads
 
 
 class Run:
@@ -169,6 +171,7 @@ class Run:
     def _steps_of_an_epoch(self) -> Iterator[Step]:
         """Yield the steps to the end of an epoch, or until one comes again in other micro-batches."""
         for step in self.loader.after(self.state.step):
+            self._look_at_threads()
             step.learning_rate = float(self.training_state.schedule.get_last_lr()[0])
             step.loss_scale = self.runtime.precision.scaler.get_scale()
             self.guard.begin_step(step)
@@ -189,6 +192,20 @@ class Run:
                 self._after_fault(bad_step)
             if self.is_done:
                 return
+
+    def _look_at_threads(self) -> None:
+        """Follow what other processes use of the CPU, and keep with the run what its bits depend on."""
+        threads = self.runtime.threads
+        if threads is None or self.runtime.device.type != "cpu":
+            return
+        threads.look()
+        number, known = torch.get_num_threads(), self.state.threads
+        if note_threads(self.state, number) and len(known) == 2:  # the first time it changes
+            reason = "other processes come and go" if threads.follows else "as you ask"
+            self.tracker.warn(
+                f"{number} thread{'s' * (number != 1)} compute{'s' * (number == 1)} from step {self.state.step + 1} on,"
+                f" not {known[0][1]} ({reason}): sums round otherwise; --num_threads {known[0][1]} keeps the bits"
+            )
 
     @contextlib.contextmanager
     def attempt(self, step: Step) -> Iterator[None]:

@@ -90,6 +90,7 @@ WORDS = {
     "log_gradients_every": "log_gradients gradients watch watch_gradients gradient_logging log_grads track_gradients",
     "sample_every": "sample samples generate_every sample_steps sample_interval sampling_steps generate",
     "on_nonfinite": "nan on_nan skip_nan detect_anomaly nonfinite",
+    "num_threads": "threads omp_num_threads torch_num_threads nthreads n_threads cpu_threads",
     "plan": "dry_run estimate simulate what_if",
     "use_cpu": "cpu no_cuda no_gpu cpu_only force_cpu",
     "parallel": "strategy distributed_strategy",

@@ -50,7 +50,14 @@ def test_which_flags_a_resumed_run_may_change() -> None:
     """These are what checkpoints of earlier versions were compared by: a change here changes what they resume with."""
     free = {
         *("output_dir", "overwrite_output_dir", "plan", "resume_from_checkpoint", "save_steps", "save_total_limit"),
-        *("use_cpu", "parallel", "gradient_checkpointing", "torch_compile", "per_device_eval_batch_size"),
+        *(
+            "use_cpu",
+            "num_threads",
+            "parallel",
+            "gradient_checkpointing",
+            "torch_compile",
+            "per_device_eval_batch_size",
+        ),
         *("early_stopping_patience", "load_best_model_at_end", "log_gradients_every", "sample_every", "on_nonfinite"),
         *("model_name_or_path", "config_overrides", "vocab_size", "tokenizer_name", "validation_file", "test_file"),
         *("model_revision", "on_spike", "log_gradients_of"),

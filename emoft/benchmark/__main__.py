@@ -17,10 +17,11 @@ COMPARISONS = {
     "gradients": ("gradients", "compare_gradients"),
     "processes": ("scaling", "compare_processes"),
     "ladder": ("ladder", "compare_ladder"),
+    "shared": ("shared", "compare_shared"),
     "generation": ("generation", "compare_generation"),
     "classification": ("classification", "compare_classification"),
 }
-TRAINING = ("trainer", "gradients", "processes", "ladder")  # those that run train.py
+TRAINING = ("trainer", "gradients", "processes", "ladder", "shared")  # those that run train.py
 
 
 def check(config: BenchmarkConfig) -> None:

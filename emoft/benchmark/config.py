@@ -21,11 +21,11 @@ class BenchmarkConfig:
         file_flag="train_file",
     )
 
-    compare: Literal["trainer", "gradients", "processes", "ladder", "generation", "classification"] = option(
+    compare: Literal["trainer", "gradients", "processes", "ladder", "shared", "generation", "classification"] = option(
         "trainer",
         "a step of emoft with Trainer and the machine's limit, or with itself: what --log_gradients_every costs, or how"
-        " it scales; a plain loop, to which one optimization after another is added (ladder); generation with"
-        " transformers' pipeline; or classification with evaluation",
+        " it scales; a plain loop, to which one optimization after another is added (ladder); trainings beside a busy"
+        " process (shared); generation with transformers' pipeline; or classification with evaluation",
         begins_group="Comparison",
     )
     processes: Count = option(2, "with --compare processes: how many of a thread or GPU each, as torchrun starts them")

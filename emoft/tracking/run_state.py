@@ -21,6 +21,7 @@ class RunState:
     spikes_in_row: int = 0  # of these, the latest ones without another step between
     micro_batch_size: int = 0  # that fits in memory, found when a larger one did not; 0: the flag's
     most_fitted: int = 0  # tokens of a micro-batch of several ranks that did; see `training.memory`
+    threads: list[list[int]] = field(default_factory=list)  # [step, number] from which on so many computed on the CPU
     recent_losses: list[float] = field(default_factory=list)  # that did not: see `training.spikes`
     clipped_steps: int = 0
     train_seconds: float = 0.0  # without evaluating, saving and sampling

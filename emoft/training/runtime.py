@@ -7,15 +7,17 @@ import torch
 from emoft.distributed.world import World
 from emoft.training.precision import Precision
 from emoft.training.signals import StopSignals
+from emoft.training.threads import Threads
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The processes that compute together, the precision they compute in, and the signals that they listen to."""
+    """The processes that compute together, their precision and threads, and the signals that they listen to."""
 
     world: World
     precision: Precision
     signals: StopSignals | None = None  # none: nothing ends a long evaluation early
+    threads: Threads | None = None  # none: as many as torch takes
 
     @property
     def device(self) -> torch.device:
