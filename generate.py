@@ -5,7 +5,7 @@ import sys
 from emoft import start
 from emoft.config import GenerateConfig
 from emoft.errors import UserError, guarded, run, warn
-from emoft.model.prompts import read_prompts
+from emoft.model.prompts import read_prompts, read_text_format
 
 if __name__ == "__main__":
     # Here, before the imports below, which take seconds: a mistake in the flags is told at once.
@@ -26,11 +26,13 @@ from emoft.model.generation import (
     TerminalStreamer,
     check_prompts,
     choose_generation_precision,
+    encode_prompt,
     generate_all,
     generate_batch,
 )
 from emoft.model.kernels import use_fast_kernels
 from emoft.model.loading import check_fit, load_model
+from emoft.model.steering import Steering, build_steering
 from emoft.model.tokenizer import load_tokenizer
 from emoft.terminal import progress
 from emoft.training.precision import Precision
@@ -81,6 +83,7 @@ def main(config: GenerateConfig, prompts: list[str]) -> int:
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
         "do_sample": config.do_sample,
         **({name: getattr(config, name) for name in SAMPLING} if config.do_sample else {}),
+        "steering": read_steering(config, tokenizer, prompts),
     }
     torch.manual_seed(config.seed)
     if config.interactive:
@@ -91,6 +94,21 @@ def main(config: GenerateConfig, prompts: list[str]) -> int:
     for result in progress(results, "Generating", "prompt", len(prompts)):
         show(result, config.json)
     return 0
+
+
+def read_steering(config: GenerateConfig, tokenizer: GPT2Tokenizer, prompts: list[str]) -> Steering | None:
+    """Return how the emotions of the prompts are weighed against the others; None if the prompts alone speak for them.
+
+    Raises:
+        UserError: the model cannot be steered, or a prompt names no emotion.
+    """
+    mixture = read_text_format(config).mixture(config.emotion) if config.emotion else {}
+    if not config.strength and len(mixture) < 2:
+        return None
+    steering = build_steering(tokenizer, read_text_format(config), config.strength, mixture or None)
+    for prompt in [] if config.interactive else prompts:
+        steering.own(encode_prompt(tokenizer, prompt))
+    return steering
 
 
 def converse(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, precision: Precision, options: dict[str, Any]) -> int:
@@ -107,6 +125,8 @@ def converse(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, precision: Precis
             return 0
         try:
             check_prompts(model, tokenizer, [prompt], *limits)
+            if steering := options["steering"]:
+                steering.own(encode_prompt(tokenizer, prompt))
         except UserError as error:  # a prompt that is too long must not end the conversation
             print(error)
             continue

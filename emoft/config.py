@@ -241,7 +241,12 @@ class GenerateConfig:
     prompt: list[str] = option(
         [], "text to continue, as it is; may repeat", begins_group="What to continue", repeats=True
     )
-    emotion: Name = option("", "an emotion, put into the template saved with the model")
+    emotion: str = option(
+        "", "an emotion, put into the template saved with the model, or a mixture, as in joy:0.7,surprise:0.3"
+    )
+    strength: NotNegative = option(
+        0.0, "weigh the emotion against the model's others at each token, as strongly (0: the prompt alone; 1 is much)"
+    )
     text: str = option("", "with --emotion: how the message begins")
     prompts_file: File = option("", "a file with a prompt a line; - reads standard input")
     interactive: bool = option(False, "ask for a prompt at a time and print its continuation token by token")
@@ -316,6 +321,7 @@ class EvaluateConfig:
         False, "weigh each emotion by its share of the train split when classifying", begins_group="Emotions"
     )
     generate: CountOrOff = option(0, "sample so many texts for each emotion, and tell how good they are (0: off)")
+    strength: NotNegative = option(0.0, "of these texts: as for generate.py")
     temperature: Positive = option(1.0, "of these texts: below 1 safer, above 1 wilder")
     top_k: CountOrOff = option(50, "of these texts: draw from the so many likeliest tokens (0: all)")
     top_p: Probability = option(

@@ -102,6 +102,32 @@ class TextFormat:
         cleaned = {clean_label(known): known for known in self.labels}
         return label if label in self.labels else cleaned.get(clean_label(label), label)
 
+    def mixture(self, emotion: str) -> dict[str, float]:
+        """Return the shares of emotions, which sum to 1: of "joy" all, of "joy:0.7,surprise:0.3" those.
+
+        Raises:
+            UserError: it is neither, or the model does not know one of them.
+        """
+        if self.known_label(emotion) in self.labels or not (set(emotion) & set(",:")):
+            self.prompt(emotion)
+            return {self.known_label(emotion): 1.0}
+        shares: dict[str, float] = {}
+        for part in emotion.split(","):
+            name, _, number = part.rpartition(":")
+            label = self.known_label(name.strip())
+            try:
+                share = float(number)
+            except ValueError:
+                share = 0.0
+            if not label or not 0 < share < float("inf") or label in shares:
+                raise UserError(
+                    f"--emotion {emotion!r} is no mixture: write each emotion once with a share above 0, as in"
+                    " joy:0.7,surprise:0.3"
+                )
+            self.prompt(label)
+            shares[label] = share
+        return {label: share / sum(shares.values()) for label, share in shares.items()}
+
     def prompts(self) -> dict[str, str]:
         """Return the prompt of each emotion; of a template that cannot be steered a single one, of the name "text"."""
         return {label: self.prompt(label) for label in self.labels} if self.label_first else {"text": self.prompt()}

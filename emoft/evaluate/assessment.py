@@ -27,6 +27,7 @@ from emoft.hints import python
 from emoft.model.attention import use_packed_attention
 from emoft.model.kernels import keep_freed_memory, use_fast_kernels
 from emoft.model.loading import TextModel, check_fit, load_model
+from emoft.model.steering import build_steering
 from emoft.model.tokenizer import load_tokenizer
 from emoft.training.precision import Precision
 from emoft.training.runtime import Runtime
@@ -154,6 +155,7 @@ def write_and_assess(
         "top_k": config.top_k,
         "top_p": config.top_p,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
+        "steering": build_steering(text_model.tokenizer, text_format, config.strength) if config.strength else None,
     }
     samples = sample(text_model, config.generate, config.mixed_precision, batch_size, config.seed, **options)
     if config.output_dir:

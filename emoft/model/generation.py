@@ -14,6 +14,9 @@ from transformers import (
     GPT2Tokenizer,
     LogitsProcessor,
     LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,9 +25,11 @@ from emoft.device import random_state, set_random_state
 from emoft.distributed.parallel import is_sharded
 from emoft.errors import UserError, is_out_of_memory
 from emoft.model.loading import TextModel
+from emoft.model.steering import FirstRow, Steered, Steering, evidence_of
 from emoft.training.precision import Precision
 
 MANY = 16  # texts at once from which a CPU is faster in half precision: fewer rows do not fill its matrix units
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 WINDOW = 16  # batches whose prompts are sorted together
 
 
@@ -79,6 +84,7 @@ def generate_batch(
     max_new_tokens: int = 0,
     no_repeat_ngram_size: int = 0,
     streamer: BaseStreamer | None = None,
+    steering: Steering | None = None,
     **options: Any,
 ) -> list[Generated]:
     """Continue prompts together, padded on the left so that each goes on at its last token.
@@ -91,7 +97,8 @@ def generate_batch(
         max_new_tokens: if not 0, most tokens after the prompt instead.
         no_repeat_ngram_size: if not 0, no sequence of so many tokens occurs twice in a result, its prompt included.
         streamer: receives the tokens as they come, of a single prompt.
-        options: of `GenerationConfig`, such as `do_sample`.
+        steering: weighs the emotion of each prompt against the others; none: the prompt alone speaks for it.
+        options: of `GenerationConfig`, such as `do_sample`; steered, temperature, top_k and top_p besides that.
 
     Returns:
         For each prompt its result. Prompts that do not fit in memory together are continued in halves.
@@ -99,7 +106,7 @@ def generate_batch(
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     room = [max_new_tokens or max_length - len(row) for row in rows]
     end = tokenizer.eos_token_id
-    continued = _continue_in_memory(model, end, rows, room, no_repeat_ngram_size, options, streamer)
+    continued = _continue_in_memory(model, end, rows, room, no_repeat_ngram_size, options, steering, streamer)
     results = []
     for prompt, new in zip(prompts, continued, strict=True):
         finished = end in new
@@ -132,17 +139,22 @@ def _continue(
     room: list[int],
     no_repeat_ngram_size: int,
     options: dict[str, Any],
+    steering: Steering | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each row, as many as it has room for or up to its end-of-text."""
-    width = max(map(len, rows))
+    every = [each for row in rows for each in (steering.rows(row) if steering else [row])]
+    width = max(map(len, every))
     # The library lets all rows grow by the same count: by no more than the longest has positions left.
     most = min(max(room), model.config.n_positions - width)
-    input_ids = torch.tensor([[end] * (width - len(row)) + row for row in rows], device=model.device)
-    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    input_ids = torch.tensor([[end] * (width - len(row)) + row for row in every], device=model.device)
+    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in every], device=model.device)
     rules = LogitsProcessorList()
     if no_repeat_ngram_size:
         rules.append(NoRepeatNGram(no_repeat_ngram_size, [width - len(row) for row in rows]))
+    if steering:
+        rules, options = _steered(model, end, rows, steering, rules, options)
+        streamer = FirstRow(streamer) if streamer else None
     config = GenerationConfig(
         max_new_tokens=most,
         eos_token_id=end,
@@ -160,16 +172,43 @@ def _continue(
         # Each forward pass of a sharded model is a collective: none may end before the others, whatever it has drawn.
         synced_gpus=is_sharded(model),
     )
+    output = output[:: steering.count] if steering else output  # all rows of a prompt go on alike
     new = [sequence[:limit] for sequence, limit in zip(output[:, width:].tolist(), room, strict=True)]
     # Shorter rows may have room left, which they get without the longest.
     unfinished = [number for number, tokens in enumerate(new) if end not in tokens and len(tokens) < room[number]]
     if unfinished:
         longer = [rows[number] + new[number] for number in unfinished]
         left = [room[number] - len(new[number]) for number in unfinished]
-        rest = _continue(model, end, longer, left, no_repeat_ngram_size, options)
+        rest = _continue(model, end, longer, left, no_repeat_ngram_size, options, steering)
         for number, tokens in zip(unfinished, rest, strict=True):
             new[number] += tokens
     return new
+
+
+def _steered(
+    model: GPT2LMHeadModel,
+    end: int,
+    rows: list[list[int]],
+    steering: Steering,
+    rules: LogitsProcessorList,
+    options: dict[str, Any],
+) -> tuple[LogitsProcessorList, dict[str, Any]]:
+    """Return the rules of a steered generation, which draws by itself, and the options that are left for the library.
+
+    It could not draw the same token for all rows of a prompt.
+    """
+    draws = options.get("do_sample", False)
+    if draws:
+        temperature, top_k, top_p = (options.get(name) for name in ("temperature", "top_k", "top_p"))
+        if temperature not in (None, 1.0):
+            rules.append(TemperatureLogitsWarper(temperature))
+        if top_k:
+            rules.append(TopKLogitsWarper(min(top_k, model.config.vocab_size)))
+        if top_p not in (None, 1.0):
+            rules.append(TopPLogitsWarper(top_p))
+    evidence = evidence_of(model, end, steering, rows)
+    left = {name: value for name, value in options.items() if name not in SAMPLING}
+    return LogitsProcessorList([Steered(steering, rows, evidence, rules, draws)]), left
 
 
 def choose_generation_precision(name: str, device: torch.device, texts: int) -> Precision:

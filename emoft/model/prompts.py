@@ -39,15 +39,28 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     if config.text and not config.emotion:
         raise UserError("--text goes with --emotion: add one, or give the whole prompt by --prompt")
     if config.emotion:
-        folder = Path(name)
-        if not is_folder(name, "model", "model_name_or_path"):
-            from emoft.data import hub  # here, since of a folder the first second tells which emotions it knows
-
-            folder = hub.model_folder(name, "model_name_or_path", config.model_revision)
-        return [TextFormat.load(folder, name).prompt(config.emotion, config.text)]
+        text_format = read_text_format(config)
+        mixture = text_format.mixture(config.emotion)
+        # Of a mixture the emotion of the largest share stands in the prompt that is shown.
+        return [text_format.prompt(max(mixture, key=lambda label: mixture[label]), config.text)]
     if config.prompts_file:
         return _lines(config.prompts_file)
     return config.prompt or [TUTORIAL_PROMPT]
+
+
+def read_text_format(config: GenerateConfig) -> TextFormat:
+    """Return the format saved with the model.
+
+    Raises:
+        UserError: there is none.
+    """
+    name = config.model_name_or_path
+    folder = Path(name)
+    if not is_folder(name, "model", "model_name_or_path"):
+        from emoft.data import hub  # here, since of a folder the first second tells which emotions it knows
+
+        folder = hub.model_folder(name, "model_name_or_path", config.model_revision)
+    return TextFormat.load(folder, name)
 
 
 def _lines(name: str) -> list[str]:
