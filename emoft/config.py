@@ -320,6 +320,9 @@ class EvaluateConfig:
     use_class_prior: bool = option(
         False, "weigh each emotion by its share of the train split when classifying", begins_group="Emotions"
     )
+    suspects: CountOrOff = option(
+        0, "show so many rows of the train split, or without one of the texts, whose label may be wrong (0: none)"
+    )
     generate: CountOrOff = option(0, "sample so many texts for each emotion, and tell how good they are (0: off)")
     strength: NotNegative = option(0.0, "of these texts: as for generate.py")
     temperature: Positive = option(1.0, "of these texts: below 1 safer, above 1 wilder")
@@ -335,7 +338,9 @@ class EvaluateConfig:
     json: bool = option(
         False, "print one JSON object, each number with its 95 % interval beside it", begins_group="Output and speed"
     )
-    output_dir: Folder = option("", "write evaluation.json, confusion.png and samples.jsonl there (empty: nothing)")
+    output_dir: Folder = option(
+        "", "write evaluation.json, confusion.png, samples.jsonl and suspects.csv there (empty: nothing)"
+    )
     per_device_eval_batch_size: Count = option(32, "texts computed at once")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "no", "as for train.py; no gives the same figures on every machine"

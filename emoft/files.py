@@ -22,6 +22,7 @@ MANIFEST_FILE = "manifest.json"
 
 # Of `python -m emoft.evaluate --output_dir`.
 EVALUATION_FILE, SAMPLES_FILE, CONFUSION_FILE = "evaluation.json", "samples.jsonl", "confusion.png"
+SUSPECTS_FILE = "suspects.csv"
 
 
 def fault_file(step: int) -> str:

@@ -14,7 +14,15 @@ from typing import TextIO, TypeVar
 from emoft.errors import UserError, guarded, program
 
 STARTED = time.perf_counter()  # the scripts import this module first
-SCRIPTS = ("train.py", "generate.py", "emoft.evaluate", "emoft.gradients", "emoft.step", "emoft.benchmark")
+SCRIPTS = (
+    "train.py",
+    "generate.py",
+    "emoft.evaluate",
+    "emoft.gradients",
+    "emoft.step",
+    "emoft.compare",
+    "emoft.benchmark",
+)
 
 
 def is_speaker() -> bool:

@@ -12,11 +12,12 @@ from conftest import ROOT
 
 from emoft.benchmark.config import BenchmarkConfig
 from emoft.command_line import HasFlags, parse_config
+from emoft.compare.config import CompareConfig
 from emoft.config import EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
 from emoft.flags import Command, flags_of, option
 from emoft.step.config import StepConfig
 
-ALL = [TrainConfig, GenerateConfig, EvaluateConfig, GradientsConfig, BenchmarkConfig, StepConfig]
+ALL = [TrainConfig, GenerateConfig, EvaluateConfig, GradientsConfig, BenchmarkConfig, StepConfig, CompareConfig]
 
 
 @pytest.fixture

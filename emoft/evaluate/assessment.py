@@ -1,10 +1,11 @@
 """All that is told of a saved model: its figures on a split, and the quality of the texts that it writes."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -18,17 +19,28 @@ from emoft.data.tokens import describe_cut, tokenize
 from emoft.device import choose_device
 from emoft.distributed.world import World
 from emoft.errors import UserError, warn
-from emoft.evaluate.classification import Classification, classify, log_prior
+from emoft.evaluate.classification import Classification, classify, label_scores, log_prior
 from emoft.evaluate.confusion import confusion_map
 from emoft.evaluate.quality import IndependentClassifier, TrainingTexts, assess, format_quality, sample
 from emoft.evaluate.scoring import evaluate, format_figures
-from emoft.files import CONFUSION_FILE, EVALUATION_FILE, FORMAT_FILE, SAMPLES_FILE, finite, make_folder, write_json
+from emoft.evaluate.suspects import Suspicion, cross_fitted, find_suspects, write_suspects
+from emoft.files import (
+    CONFUSION_FILE,
+    EVALUATION_FILE,
+    FORMAT_FILE,
+    SAMPLES_FILE,
+    SUSPECTS_FILE,
+    finite,
+    make_folder,
+    write_json,
+)
 from emoft.hints import python
 from emoft.model.attention import use_packed_attention
 from emoft.model.kernels import keep_freed_memory, use_fast_kernels
 from emoft.model.loading import TextModel, check_fit, load_model
 from emoft.model.steering import build_steering
 from emoft.model.tokenizer import load_tokenizer
+from emoft.terminal import Bar
 from emoft.training.precision import Precision
 from emoft.training.runtime import Runtime
 
@@ -63,6 +75,26 @@ def read_format(config: EvaluateConfig) -> TextFormat:
     return text_format
 
 
+def load_text_model(name: str, revision: str, text_format: TextFormat, device: torch.device) -> TextModel:
+    """Return a saved model, ready to be evaluated.
+
+    Raises:
+        UserError: it cannot be had, or has fewer positions than a text may be long.
+    """
+    tokenizer = load_tokenizer(name, revision=revision)
+    model = load_model(name, revision)
+    check_fit(model, tokenizer)
+    if text_format.max_length > model.config.n_positions:
+        raise UserError(
+            f"--max_length {text_format.max_length} is above the model's {model.config.n_positions} positions: lower it"
+        )
+    model.to(device)  # type: ignore[arg-type]  # a fault of the library's types
+    use_packed_attention(model)
+    use_fast_kernels(model)
+    model.eval()
+    return TextModel(model, tokenizer, text_format)
+
+
 def assess_model(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate a saved model, print and keep the figures, and return them.
 
@@ -93,20 +125,10 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
         if found and not config.json:
             print(found)
 
-    tokenizer = load_tokenizer(config.model_name_or_path, revision=config.model_revision)
-    model = load_model(config.model_name_or_path, config.model_revision)
-    check_fit(model, tokenizer)
-    if text_format.max_length > model.config.n_positions:
-        raise UserError(
-            f"--max_length {text_format.max_length} is above the model's {model.config.n_positions} positions: lower it"
-        )
     # One process: torchrun is for training.
     runtime = Runtime(World(), Precision(config.mixed_precision, device))
-    model.to(runtime.device)  # type: ignore[arg-type]  # a fault of the library's types
-    use_packed_attention(model)
-    use_fast_kernels(model)
-    model.eval()
-    text_model = TextModel(model, tokenizer, text_format)
+    text_model = load_text_model(config.model_name_or_path, config.model_revision, text_format, device)
+    tokenizer = text_model.tokenizer
 
     rows = tokenize(splits["test"], tokenizer, text_format, "test")
     if (cut := describe_cut(rows, text_format, "test")) and not config.json:
@@ -126,10 +148,54 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
                 "labels": classification.labels,
                 "counts": classification.confusion.tolist(),  # true labels down, predicted ones across
             }
+    suspicion = judge_labels(config, text_model, splits, runtime) if config.suspects else None
+    if suspicion:
+        results |= suspicion.figures() | {"suspects": [asdict(each) for each in suspicion.suspects]}
     if config.generate:
         results |= write_and_assess(config, text_model, splits, runtime)
-    report(config, results, classification)
+    report(config, results, classification, suspicion)
     return results
+
+
+def judge_labels(
+    config: EvaluateConfig, text_model: TextModel, splits: dict[str, Dataset], runtime: Runtime
+) -> Suspicion:
+    """Return the rows whose labels are doubted by what has not seen them, and write all rows of the split.
+
+    Those of the train split are judged by other models, fitted on other parts of it; without one those of the texts
+    that are evaluated on, by the model itself.
+
+    Raises:
+        UserError: there are no labels to judge, or the package that judges is missing.
+    """
+    text_format = text_model.text_format
+    if not text_format.has_label or len(text_format.labels) < 2:
+        raise UserError(f"--suspects judges labels, and the template {text_format.template!r} has none, or only one")
+    if not IndependentClassifier.is_available():
+        raise UserError("--suspects needs the package scikit-learn: run pip install scikit-learn")
+    name = "train" if "train" in splits else "test"
+    texts, labels = list(splits[name]["text"]), list(splits[name]["label"])
+    names = sorted({*labels, *text_format.labels})
+    if name == "train":
+        try:
+            with Bar("Judging labels"):
+                chances = cross_fitted(texts, labels, names, config.seed)
+        except ValueError as error:
+            raise UserError(
+                f"--suspects: the labels of the train split cannot be judged ({str(error).splitlines()[0]}): give more"
+                " texts of each"
+            ) from None
+        judged_by = "logistic regressions over TF-IDF, each fitted on other rows of the train split"
+    else:
+        scores = label_scores(text_model, texts, runtime, config.per_device_eval_batch_size)
+        assert scores is not None
+        chances = np.zeros((len(texts), len(names)))
+        chances[:, [names.index(label) for label in text_format.labels]] = torch.tensor(scores).softmax(1).numpy()
+        judged_by = "the model itself, which must not have been trained on these texts"
+    found = find_suspects(texts, labels, names, chances, config.suspects, judged_by)
+    if config.output_dir:
+        write_suspects(make_folder(Path(config.output_dir)) / SUSPECTS_FILE, found, texts, labels)
+    return found
 
 
 def write_and_assess(
@@ -183,7 +249,12 @@ def fit_independent(train: Dataset, text_format: TextFormat) -> IndependentClass
         return None
 
 
-def report(config: EvaluateConfig, results: dict[str, Any], classification: Classification | None) -> None:
+def report(
+    config: EvaluateConfig,
+    results: dict[str, Any],
+    classification: Classification | None,
+    suspicion: Suspicion | None = None,
+) -> None:
     """Print the figures, and write them into the output folder if there is one."""
     if config.output_dir:
         folder = make_folder(Path(config.output_dir))
@@ -197,6 +268,8 @@ def report(config: EvaluateConfig, results: dict[str, Any], classification: Clas
     print(format_figures(results))
     if classification:
         print(f"\n{classification.table()}")
+    if suspicion:
+        print("\n" + "\n".join(suspicion.describe()))
     if "generation" in results:
         print(f"\n{config.generate} texts for each emotion\n{format_quality(results['generation'])}")
     if config.output_dir:
