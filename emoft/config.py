@@ -176,6 +176,9 @@ class TrainConfig:
     early_stopping_patience: CountOrOff = option(
         0, "stop after so many evaluations without a new best (0: off)", on_resume="free"
     )
+    push_to_hub: Name = option(
+        "", "upload the finished model to OWNER/NAME on the Hugging Face Hub; log in before", on_resume="free"
+    )
     resume_from_checkpoint: NameOrFolder = option(
         "", "go on from this checkpoint folder, or from the `latest` of output_dir", on_resume="free"
     )

@@ -196,6 +196,21 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
 # ---- Names -----------------------------------------------------------------------------------------------------------
 
 
+def describe_device(device: torch.device) -> str:
+    """Return a device in words, a CPU with the threads that compute on it."""
+    if device.type in ("cuda", "xpu"):
+        return str(torch.get_device_module(device).get_device_name())
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    number = torch.get_num_threads()
+    return f"{number} thread{'s' * (number != 1)} on {names[0] if names else 'a CPU'}"
+
+
 def backend() -> str:
     """Return torch.distributed's backends for this host: gloo for the CPU, and that of its accelerator."""
     import torch.distributed as dist  # here, as what only several processes use

@@ -15,6 +15,7 @@ TRAINER_STATE_FILE = "trainer_state.json"  # its log, in the format of `transfor
 RESULTS_FILE = "all_results.json"
 EVENTS_FOLDER = "runs"  # TensorBoard's
 WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"  # of the model
 
 # In a checkpoint-STEP folder besides.
 TRAINING_STATE_FILE = "training_state.pt"  # what makes a folder a checkpoint, and not only a model

@@ -21,7 +21,7 @@ from emoft.checkpoints.state import TrainingState
 from emoft.config import TrainConfig
 from emoft.data.steps import Step, StepLoader
 from emoft.data.tokens import decode, unigram_entropy
-from emoft.device import give_back_memory, set_random_state
+from emoft.device import describe_device, give_back_memory, set_random_state
 from emoft.distributed.parallel import load_weights
 from emoft.errors import UserError, is_out_of_memory, memory_asked_for
 from emoft.evaluate.classification import Classification, classify
@@ -32,6 +32,8 @@ from emoft.gradients.texts import losses_of_texts
 from emoft.hints import generate_command, less_memory, resume_command
 from emoft.model.generation import sample_texts
 from emoft.model.loading import TextModel, load_model
+from emoft.share.card import write_card
+from emoft.share.upload import upload
 from emoft.tracking.run_state import RunState
 from emoft.tracking.throughput import measure_flops
 from emoft.tracking.tracker import Moment, Tracker
@@ -464,12 +466,25 @@ class Run:
         self.tracker.log_samples(samples)
         self.tracker.log_results(results)
         self.saver.write_results(results)
+        self._write_card(results)
         print(format_figures(results))
         print("\n".join(samples.values()))
         text_format = self.text_model.text_format
         command = generate_command(self.output_dir, text_format.labels[0] if text_format.label_first else "")
         print(f"saved the model in {self.output_dir}; generate with: {command}")
+        if self.config.push_to_hub:
+            address = self.world.on_main(lambda: upload(self.output_dir, self.config.push_to_hub))
+            print(f"uploaded to {address}")
         return 0
+
+    def _write_card(self, results: dict[str, Any]) -> None:
+        """Write the model's card; without room for it the run goes on."""
+        device = describe_device(self.runtime.device)
+        text_format = self.text_model.text_format
+        try:
+            self.world.on_main(lambda: write_card(self.output_dir, self.config, text_format, results, device))
+        except OSError as error:
+            self.tracker.warn(f"no model card: {error.strerror}")
 
     def _say_how_to_go_on(self) -> int:
         name, step = self.signals.name, self.state.step

@@ -14,15 +14,8 @@ from typing import TextIO, TypeVar
 from emoft.errors import UserError, guarded, program
 
 STARTED = time.perf_counter()  # the scripts import this module first
-SCRIPTS = (
-    "train.py",
-    "generate.py",
-    "emoft.evaluate",
-    "emoft.gradients",
-    "emoft.step",
-    "emoft.compare",
-    "emoft.benchmark",
-)
+COMMANDS = ("evaluate", "gradients", "step", "compare", "share", "benchmark")
+SCRIPTS = ("train.py", "generate.py", *(f"emoft.{name}" for name in COMMANDS))
 
 
 def is_speaker() -> bool:
@@ -82,8 +75,20 @@ def check_training(config: TrainConfig) -> None:
         UserError: one is missing, or the output folder holds another run.
     """
     check_inputs(config)
+    if config.push_to_hub:
+        check_repository("--push_to_hub", config.push_to_hub)
     if not config.resume_from_checkpoint and "LOCAL_RANK" not in os.environ:  # torchrun may have restarted a run
         refuse_another_run(config)
+
+
+def check_repository(flag: str, name: str) -> None:
+    """See that a name is one of a repository on the Hub.
+
+    Raises:
+        UserError: it is not.
+    """
+    if name.count("/") != 1 or not all(part.strip() for part in name.split("/")):
+        raise UserError(f"{flag} {name!r} is no repository on the Hub: write OWNER/NAME")
 
 
 def check_inputs(config: TrainConfig) -> None:

@@ -92,6 +92,7 @@ WORDS = {
     "on_nonfinite": "nan on_nan skip_nan detect_anomaly nonfinite",
     "num_threads": "threads omp_num_threads torch_num_threads nthreads n_threads cpu_threads",
     "strength": "guidance guidance_scale cfg cfg_scale steering_strength intensity degree",
+    "push_to_hub": "hub_model_id push_to_hub_model_id upload hub_repo repo_id",
     "plan": "dry_run estimate simulate what_if",
     "use_cpu": "cpu no_cuda no_gpu cpu_only force_cpu",
     "parallel": "strategy distributed_strategy",

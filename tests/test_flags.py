@@ -57,6 +57,7 @@ def test_which_flags_a_resumed_run_may_change() -> None:
             "gradient_checkpointing",
             "torch_compile",
             "per_device_eval_batch_size",
+            "push_to_hub",
         ),
         *("early_stopping_patience", "load_best_model_at_end", "log_gradients_every", "sample_every", "on_nonfinite"),
         *("model_name_or_path", "config_overrides", "vocab_size", "tokenizer_name", "validation_file", "test_file"),

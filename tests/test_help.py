@@ -15,9 +15,19 @@ from emoft.command_line import HasFlags, parse_config
 from emoft.compare.config import CompareConfig
 from emoft.config import EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
 from emoft.flags import Command, flags_of, option
+from emoft.share.config import ShareConfig
 from emoft.step.config import StepConfig
 
-ALL = [TrainConfig, GenerateConfig, EvaluateConfig, GradientsConfig, BenchmarkConfig, StepConfig, CompareConfig]
+ALL = [
+    TrainConfig,
+    GenerateConfig,
+    EvaluateConfig,
+    GradientsConfig,
+    BenchmarkConfig,
+    StepConfig,
+    CompareConfig,
+    ShareConfig,
+]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from conftest import ROOT
 from emoft.benchmark.config import BenchmarkConfig
 from emoft.compare.config import CompareConfig
 from emoft.config import EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
+from emoft.share.config import ShareConfig
 from emoft.step.config import StepConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +26,16 @@ def test_it_is_short_and_begins_with_the_two_commands() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=[path.name for path in PAGES])
 def test_every_flag_it_names_exists(page: Path) -> None:
-    configs = (TrainConfig, GenerateConfig, EvaluateConfig, BenchmarkConfig, GradientsConfig, StepConfig, CompareConfig)
+    configs = (
+        TrainConfig,
+        GenerateConfig,
+        EvaluateConfig,
+        BenchmarkConfig,
+        GradientsConfig,
+        StepConfig,
+        CompareConfig,
+        ShareConfig,
+    )
     known = {"config", "help"}.union(*(config.__dataclass_fields__ for config in configs))
     known |= {f"no_{name}" for name in known}
     others = {"logdir", "logdir_spec", "samples_per_plugin"}  # of tensorboard

@@ -21,6 +21,7 @@ ORDER = [
     ["emoft.evaluate", "emoft.gradients"],
     ["emoft.tracking"],
     ["emoft.checkpoints"],
+    ["emoft.share"],
     ["emoft.start", "emoft.run"],
     ["emoft.plan"],
     ["train", "generate"],
@@ -95,7 +96,8 @@ def test_no_circle() -> None:
 
 def test_nothing_imports_a_door() -> None:
     assert {name.removesuffix(".__main__") for name in DOORS} == {
-        "emoft.benchmark", "emoft.compare", "emoft.evaluate", "emoft.gradients", "emoft.step",
+        "emoft.benchmark", "emoft.compare", "emoft.evaluate", "emoft.gradients",
+        "emoft.share", "emoft.step",
     }  # fmt: skip
     for module in MODULES:
         imported = imports_of(module, also_for_types=True)

@@ -86,8 +86,9 @@ def compare(a: Statistic, b: Statistic, texts: int) -> Difference:
             side.append(statistic(drawn))
     of_a, of_b = (np.concatenate(parts) for parts in found)  # (R, S) each
     variance = sum(_variance_of_seeds(side, resampled) for side, resampled in zip(sides, (of_a, of_b), strict=True))
-    freedom = sum(len(side) - 1 for side in sides)
-    # So few models know their own variance badly: Student's t distribution has the heavier tails.
+    # So few models know their own variance badly: Student's t distribution has the heavier tails, by the degrees of
+    # freedom of the smaller side (Hsu, 1938).
+    freedom = max(1, min(len(side) for side in sides) - 1)
     of_seeds = random.standard_t(freedom, RESAMPLES) * math.sqrt(variance) if variance else np.zeros(RESAMPLES)
     differences = of_b.mean(1) - of_a.mean(1) + of_seeds
     low, high = np.percentile(differences, LEVELS)
