@@ -21,7 +21,7 @@ from emoft.distributed.world import World
 from emoft.errors import UserError, warn
 from emoft.evaluate.classification import Classification, classify, label_scores, log_prior
 from emoft.evaluate.confusion import confusion_map
-from emoft.evaluate.quality import IndependentClassifier, TrainingTexts, assess, format_quality, sample
+from emoft.evaluate.quality import IndependentClassifier, TrainingTexts, assess, format_quality, people, sample
 from emoft.evaluate.scoring import evaluate, format_figures
 from emoft.evaluate.suspects import Suspicion, cross_fitted, find_suspects, write_suspects
 from emoft.files import (
@@ -233,6 +233,9 @@ def write_and_assess(
         ]
         (folder / SAMPLES_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     results["generation"] = assess(text_model, samples, runtime, batch_size, training, independent)
+    human = people(text_model, list(splits["test"]["text"]), list(splits["test"]["label"]), config.generate)
+    if human:
+        results["people"] = assess(text_model, human, runtime, batch_size, training, independent)["all"]
     return results
 
 
@@ -271,6 +274,8 @@ def report(
     if suspicion:
         print("\n" + "\n".join(suspicion.describe()))
     if "generation" in results:
-        print(f"\n{config.generate} texts for each emotion\n{format_quality(results['generation'])}")
+        table = results["generation"] | ({"people": results["people"]} if "people" in results else {})
+        print(f"\n{config.generate} texts for each emotion; people: as many of the texts evaluated on")
+        print(format_quality(table))
     if config.output_dir:
         print(f"\nsaved in {config.output_dir}")

@@ -9,11 +9,14 @@ Figures of a set of texts, by words as in `emoft.data.words`:
   2016). It falls as texts become more: compare only sets of the same size.
 - self_repetition: 1 - different / all runs of four words within a text, the mean over texts that have any (seq-rep-4 of
   Welleck et al., 2020).
+- self_bleu: how much the texts repeat each other (Zhu et al., 2018): the mean BLEU-4 of each against the others.
 - ended: share that the model ended itself, rather than the limit of tokens.
 - copied: share with a run of eight or more consecutive words that stands in one training text. Shorter texts cannot
   have one, so copied_whole is the share that, whatever their length, are a training text word by word.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -31,6 +34,7 @@ from emoft.training.runtime import Runtime
 
 COPIED = 8  # consecutive words
 REPEATED = 4
+SELF_BLEU_TEXTS = 200
 SHARES = ("recognized_by_model", "recognized_by_tfidf", "ended", "copied", "copied_whole")
 
 
@@ -129,6 +133,51 @@ def sample(
     return dict(zip(text_format.labels, bar, strict=True))
 
 
+def people(
+    text_model: TextModel, texts: Sequence[str], labels: Sequence[str], count: int
+) -> dict[str, list[Generated]]:
+    """Return texts that people wrote as if the model had: what the figures of its own are to be compared with.
+
+    Args:
+        text_model: knows the labels.
+        texts: that it was not trained on.
+        labels: of the texts.
+        count: most of each emotion, as many as the model wrote, since some figures fall as texts become more.
+    """
+    text_format, found = text_model.text_format, dict[str, list[Generated]]()
+    for text, label in zip(texts, labels, strict=True):
+        chosen = found.setdefault(label, []) if label in text_format.labels else None
+        if chosen is not None and len(chosen) < count:
+            chosen.append(Generated(text_format.prompt(label), text_format.fill(text, label), 0, True))
+    return found
+
+
+def self_bleu(texts: Sequence[str], most: int = SELF_BLEU_TEXTS) -> float:
+    """Return how much texts repeat each other: the mean BLEU-4 of each against all others (Zhu et al., 2018).
+
+    Counts are smoothed by 1 from pairs of words on (Lin and Och, 2004, method 2), since many texts are short. It costs
+    the square of the number of texts: of more than `most`, the first ones are taken.
+    """
+    spoken = [words(text) for text in texts[:most]]
+    grams = [[Counter(runs(text, length)) for length in range(1, 5)] for text in spoken]
+    scores = []
+    for number, text in enumerate(spoken):
+        others = [n for n in range(len(spoken)) if n != number]
+        if not text or not others:
+            continue
+        logs = 0.0
+        for order in range(4):
+            most_often: Counter[str] = Counter()
+            for other in others:
+                most_often |= grams[other][order]
+            own = grams[number][order]
+            matched, total, smoothed = (own & most_often).total(), own.total(), order > 0
+            logs += math.log(max(matched + smoothed, 1e-9) / max(total + smoothed, 1e-9)) / 4
+        nearest = min((len(spoken[n]) for n in others), key=lambda length: (abs(length - len(text)), length))
+        scores.append(math.exp(logs + min(0.0, 1 - nearest / len(text))))
+    return sum(scores) / max(1, len(scores))
+
+
 def assess(
     text_model: TextModel,
     samples: dict[str, list[Generated]],
@@ -173,7 +222,8 @@ def assess(
         found: dict[str, Any] = {name: float(each[name][which].mean()) for name in SHARES if name in each}
         repetition = each["self_repetition"][which]
         found["self_repetition"] = float(np.nanmean(repetition)) if not np.isnan(repetition).all() else 0.0
-        return found | {f"distinct_{length}": distinct(chosen, length) for length in (1, 2, 3)}
+        found |= {f"distinct_{length}": distinct(chosen, length) for length in (1, 2, 3)}
+        return found | {"self_bleu": self_bleu(chosen)}
 
     table = {label: figures(np.array([other == label for other in labels])) for label in samples}
     everything = figures(np.ones(len(texts), dtype=bool))

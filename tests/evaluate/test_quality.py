@@ -15,6 +15,7 @@ from emoft.evaluate.quality import (
     distinct,
     format_quality,
     sample,
+    self_bleu,
     self_repetition,
 )
 from emoft.model.attention import use_packed_attention
@@ -112,3 +113,16 @@ def test_the_text_is_taken_out_of_the_template() -> None:
     assert text_format.extract("joy: so it", "joy") == "so it"
     assert text_format.extract("joy:", "joy") == ""
     assert TextFormat("{text}").extract("any text") == "any text"
+
+
+def test_self_bleu_is_high_where_texts_repeat_each_other() -> None:
+    same, other = ["i feel so happy today"] * 5, ["i feel so happy", "the bus was late again", "nobody called me back"]
+    assert self_bleu(same) == pytest.approx(1.0)
+    assert self_bleu(other) < 0.3 < self_bleu([*other, "i feel so happy now"])
+    assert self_bleu(["alone"]) == 0.0
+
+
+def test_self_bleu_by_hand() -> None:
+    """Of "a b c" against "a b d": 2 of 3 words, then, each smoothed by 1, (1 + 1) / (2 + 1), 1 / 2 and 1 / 1."""
+    expected = (2 / 3 * 2 / 3 * 1 / 2 * 1) ** 0.25
+    assert self_bleu(["a b c", "a b d"]) == pytest.approx(expected)
