@@ -210,8 +210,8 @@ class TrainConfig:
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU", begins_group="Devices", on_resume="free")
     num_threads: CountOrOff = option(
         0,
-        "threads on the CPU (0: as many as cores that no other process uses, looked at again each second); a number"
-        " gives the same bits each time",
+        "threads on the CPU (0: as many as cores that no other process uses, looked at each second after the first"
+        " ten); a number gives the same bits each time",
         on_resume="free",
     )
     parallel: Literal["ddp", "fsdp"] = option(

@@ -163,6 +163,8 @@ class Run:
         Raises:
             UserError: a step was not finite, and the flags do not allow to go on.
         """
+        if self.runtime.threads:
+            self.runtime.threads.go_on(self.state)
         self._opened.enter_context(self.signals)
         self._opened.enter_context(self.tracker)
         with self._closed_on_error():

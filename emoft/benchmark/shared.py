@@ -19,11 +19,12 @@ EMOFT = "emoft"
 BUSY = "while True: pass"  # a process that has a core for itself, if it is given one
 SAMPLE = Path("emoft", "sample")
 TEXTS = [f"--train_file={SAMPLE / 'train.csv'}", "--validation_file=", "--template={label}: {text}", "--save_steps=0"]
-# What is trained, and how many steps of it take some seconds.
+# What is trained, and how many steps of it take so long that the first ten seconds, in which emoft does not look at
+# others, are a small part.
 TRAININGS = {
-    "demo": (["--config=demo", "--validation_file="], 150),
-    "conditional_small": (["--config=conditional_small", *TEXTS], 25),
-    "GPT-2 small": (["--model_name_or_path=", "--per_device_train_batch_size=4", *TEXTS], 12),
+    "demo": (["--config=demo", "--validation_file="], 1000),
+    "conditional_small": (["--config=conditional_small", *TEXTS], 300),
+    "GPT-2 small": (["--model_name_or_path=", "--per_device_train_batch_size=4", *TEXTS], 100),
 }
 
 

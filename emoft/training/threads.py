@@ -1,4 +1,4 @@
-"""How many threads compute on the CPU: as many as there are cores that nobody else uses, looked at again as a run goes.
+"""How many threads compute on the CPU: as many as there are cores that nobody else uses, looked at as a run goes.
 
 The threads of a matrix product wait for each other. Where another process has one of the cores, the thread there is
 late each time, and all others spin meanwhile: beside one busy process two threads on two cores are several times slower
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 1.0  # between two looks at what others use
 LOOKS = 2  # that must agree before the number is changed: each change costs, and rounds otherwise
+PATIENCE_SECONDS = 10.0  # from the first step on: a short run gives the same bits each time, whatever else runs
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # in a second of /proc/stat
 
 
@@ -33,25 +34,35 @@ class Threads:
         if number:
             torch.set_num_threads(number)
         self.cores = available_cores()
+        # torch's own number is at most that of whole cores: two hardware threads of one compute no faster than one.
+        self.most = min(torch.get_num_threads(), self.cores)
         is_fixed = number > 0 or "OMP_NUM_THREADS" in os.environ or device.type != "cpu"
         self.follows = not is_fixed and cores_busy_seconds() is not None
         if self.follows:
-            torch.set_num_threads(self.cores)
-        self._since = _now()
+            torch.set_num_threads(self.most)
+        self._since: tuple[float, float, float] | None = None  # the look before
+        self._begun = 0.0
         self._wanted: list[int] = []  # by the latest looks
-        self.has_looked = False
+
+    def go_on(self, state: "RunState") -> None:
+        """Begin with the number that a resumed run was last computed by, so that it rounds as it did."""
+        if self.follows and state.threads:
+            torch.set_num_threads(min(self.most, state.threads[-1][1]))
 
     def look(self) -> int | None:
         """See, between two steps and at most once a second, what others use; return the number if it has changed."""
-        if not self.follows or time.perf_counter() - self._since[0] < LOOK_SECONDS:
+        if not self.follows:
+            return None
+        now = time.perf_counter()
+        if self._since is None:
+            self._since, self._begun = _now(), now
+        if now - self._since[0] < LOOK_SECONDS:
             return None
         before, self._since = self._since, _now()
         seconds, busy, own = (now - then for now, then in zip(self._since, before, strict=True))
-        wanted = threads_for(self.cores, max(0.0, busy - own) / seconds)
+        wanted = min(self.most, threads_for(self.cores, max(0.0, busy - own) / seconds))
         self._wanted = [*self._wanted, wanted][-LOOKS:]
-        # The first look is at the whole start of a program, which is long enough to be believed.
-        is_sure = not self.has_looked or self._wanted == [wanted] * LOOKS
-        self.has_looked = True
+        is_sure = self._wanted == [wanted] * LOOKS and now - self._begun >= PATIENCE_SECONDS
         if not is_sure or wanted == torch.get_num_threads():
             return None
         torch.set_num_threads(wanted)

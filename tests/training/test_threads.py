@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without the variable that the tests run with, which fixes the number."""
     before = torch.get_num_threads()
+    torch.set_num_threads(8)  # as torch begins on eight cores
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     yield
     torch.set_num_threads(before)
@@ -54,12 +55,31 @@ class Played:
 def test_the_number_follows_what_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Played(monkeypatch)
     assert torch.get_num_threads() == 4
-    assert machine.look(others=2.0) == 2  # the whole start is believed at once
-    assert machine.look(others=0.0) == 2  # a single second is not
+    assert [machine.look(others=2.0) for _ in range(7)] == [4] * 7  # nine seconds since the first look
+    assert machine.look(others=2.0) == 2
+    assert machine.look(others=0.0) == 2  # a single second is not believed
     assert machine.look(others=0.0) == 4
     assert [machine.look(others) for others in (3.0, 0.0, 3.0, 0.0)] == [4, 4, 4, 4]
     assert [machine.look(9.0, seconds=0.3) for _ in range(3)] == [4, 4, 4]  # too soon to look
     assert [machine.look(others) for others in (9.0, 9.0)] == [4, 1]
+
+
+def test_two_hardware_threads_of_a_core_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)  # as torch begins on two cores that show themselves as four
+    machine = Played(monkeypatch)
+    assert torch.get_num_threads() == 2
+    assert {machine.look(others=1.5) for _ in range(9)} == {2}
+    assert [machine.look(others) for others in (3.0, 3.0, 0.0, 0.0)] == [2, 1, 1, 2]
+
+
+def test_a_resumed_run_begins_with_the_number_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Played(monkeypatch)
+    machine.threads.go_on(RunState(threads=[[0, 4], [9, 3]]))
+    assert torch.get_num_threads() == 3
+    machine.threads.go_on(RunState(threads=[[0, 16]]))  # of a larger machine
+    assert torch.get_num_threads() == 4
+    Threads(2, CPU).go_on(RunState(threads=[[0, 3]]))
+    assert torch.get_num_threads() == 2
 
 
 def test_a_number_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +95,7 @@ def test_real_processes_take_cores_away(monkeypatch: pytest.MonkeyPatch) -> None
     if cores_busy_seconds() is None:
         pytest.skip("this system does not tell what its cores do")
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 1.0)
     threads = Threads(0, CPU)
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(threads.cores)]
     try:
