@@ -22,6 +22,7 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.device import choose_device
 from emoft.model.generation import (
+    SAMPLING,
     Generated,
     TerminalStreamer,
     check_prompts,
@@ -36,8 +37,6 @@ from emoft.model.steering import Steering, build_steering
 from emoft.model.tokenizer import load_tokenizer
 from emoft.terminal import progress
 from emoft.training.precision import Precision
-
-SAMPLING = ("temperature", "top_k", "top_p")  # flags that only --do_sample has a use for
 
 
 def show(results: Iterable[Generated], as_json: bool) -> None:

@@ -138,7 +138,7 @@ def train(
             step_loss = torch.zeros((), device=device)
             for number, batch in enumerate(step.micro_batches, start=1):
                 batch = batch.to(device)
-                # Several ranks average their gradients in the last backward pass; hence `* world.size` below.
+                # Several ranks average their gradients in or behind the last backward pass; hence `* world.size`.
                 with exchange_gradients(transformer, number == len(step.micro_batches), step.agreement):
                     with precision.autocast():
                         hidden = transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, C)

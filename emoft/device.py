@@ -4,7 +4,6 @@ torch names them "cpu", "cuda" (NVIDIA, and AMD by ROCm), "xpu" (Intel) and "mps
 """
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -130,7 +129,12 @@ def peak_memory(device: torch.device) -> int | None:
         return torch.accelerator.max_memory_reserved(device)
     try:
         status = Path("/proc/self/status").read_text()
-    except OSError:  # since the process began, in KiB; on macOS in bytes
+    except OSError:
+        if sys.platform == "win32":
+            return None
+        import resource  # here, since Windows has none
+
+        # Since the process began, in KiB; on macOS in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 

@@ -7,6 +7,7 @@ is told of memory and time is measured on what will run; only what would take to
 import contextlib
 import itertools
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from emoft.data.duplicates import distinct_share, overlap
 from emoft.data.spelling import spell
 from emoft.data.steps import Step, StepLoader
 from emoft.data.tokens import cut_share
-from emoft.errors import is_out_of_memory
+from emoft.errors import UserError, is_out_of_memory
 from emoft.evaluate.classification import classify
 from emoft.evaluate.scoring import evaluate
 from emoft.gradients.monitor import GradientMonitor
@@ -99,6 +100,7 @@ class Plan:
         self.model, self.device = text_model.model, runtime.device
         self.activations = Activations(self.model)
         self.left = max(0, loader.total_steps - self.done)
+        self.shards = runtime.world.size if config.parallel == "fsdp" else 1
         self.fits = True
         self.seconds: list[float] = []  # of the steps that were timed
         self.tokens: list[int] = []  # of each of them
@@ -139,8 +141,9 @@ class Plan:
         found, small, large = self.activations, one.micro_batches[0], self.largest
         found.of_texts = round(found.of_texts * large.inputs["input_ids"].numel() / small.inputs["input_ids"].numel())
         found.logits = round(found.logits * len(large.predicting) / max(1, len(small.predicting)))
+        gradients = sum(p.numel() * p.element_size() for p in self.model.parameters()) // self.shards
         free = devices.free_memory(self.device)
-        return free is None or found.of_texts + found.logits < free
+        return free is None or found.of_texts + found.logits + gradients < free
 
     def _timed(self) -> Iterator[Step]:
         again_and_again = (self.loader.after(self.done) for _ in itertools.count())  # a small split has few steps
@@ -242,8 +245,7 @@ class Plan:
 
     def _memory(self) -> list[tuple[str, str]]:
         parameters = sum(p.numel() for p in self.model.parameters())
-        ranks = self.runtime.world.size if self.config.parallel == "fsdp" else 1
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters()) // ranks
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters()) // self.shards
         rows = [
             ("parameters", f"{parameters:,}, {_size(weights)}; the same again for their gradients"),
             ("AdamW's moments", _size(2 * weights)),
@@ -295,8 +297,7 @@ class Plan:
         )
         of_checkpoint, of_model = self._sizes()
         written = self._checkpoints() * of_checkpoint + of_model
-        rate = _disk_rate(Path(config.output_dir))
-        times["saving"] = written / rate if rate else 0.0
+        times["saving"] = written / _disk_rate(Path(config.output_dir))
         return times
 
     def _evaluations(self) -> int:
@@ -341,12 +342,18 @@ class Plan:
         count, limit = self._checkpoints(), self.config.save_total_limit
         kept = min(count, limit or count)
         # A new one is written before an old one is deleted.
-        most = of_checkpoint * (kept + (count > kept)) + of_model
-        rows = [("a checkpoint", f"{_size(of_checkpoint)}; at most {count:,} are written and {kept:,} kept")]
-        usage = _free_disk(Path(self.config.output_dir))
-        return [*rows, ("all, at most", f"{_size(most)}; {_size(usage)} are free")]
+        most, free = of_checkpoint * (kept + (count > kept)) + of_model, _free_disk(Path(self.config.output_dir))
+        self.has_room = most < free
+        return [
+            ("a checkpoint", f"{_size(of_checkpoint)}; at most {count:,} are written and {kept:,} kept"),
+            ("all, at most", f"{_size(most)}; {_size(free)} are free"),
+        ]
 
     def _verdict(self) -> str:
+        if not self.has_room:
+            return "The disk has too little room: free some, lower --save_total_limit, or name another --output_dir"
+        if not self.left:
+            return "No step is left"
         if self.fits:
             return "This fits"
         changes, _ = less_memory(self.config, self.loader.micro_batch_size)
@@ -354,7 +361,11 @@ class Plan:
 
 
 def _disk_rate(output_dir: Path) -> float:
-    """Return the bytes a second that can be written where the run will be; 0 if nothing can."""
+    """Return the bytes a second that can be written where the run will be.
+
+    Raises:
+        UserError: nothing can.
+    """
     zeros = bytes(WRITTEN)
     try:
         with tempfile.TemporaryFile(dir=_existing(output_dir)) as file:
@@ -363,13 +374,12 @@ def _disk_rate(output_dir: Path) -> float:
             file.flush()
             os.fsync(file.fileno())
             return WRITTEN / (time.perf_counter() - started)
-    except OSError:
-        return 0.0
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written ({error.strerror}): name another") from None
 
 
 def _free_disk(output_dir: Path) -> int:
-    found = os.statvfs(_existing(output_dir))
-    return found.f_bavail * found.f_frsize
+    return shutil.disk_usage(_existing(output_dir)).free
 
 
 def _existing(folder: Path) -> Path:

@@ -221,7 +221,7 @@ class Run:
         with self._closed_on_error():
             try:
                 yield
-                self.memory.fitted(step)
+                self.memory.fitted()
             except (MemoryError, RuntimeError) as error:
                 is_repeatable = self._computed is step and self.guard.bad_step is None and not self._is_half_applied()
                 if not is_out_of_memory(error) or not is_repeatable or not self.memory.halve(step):

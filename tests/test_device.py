@@ -1,5 +1,7 @@
 """What differs by device, on the CPU; accelerators, of which there may be none, are played by their names."""
 
+import importlib
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,3 +118,16 @@ def test_what_is_large_on_the_cpu_is_small_elsewhere() -> None:
     assert devices.loss_rows(CPU, 50257) == 41 and devices.loss_rows(other, 50257) > 2000
     assert devices.token_multiple(CPU) < devices.token_multiple(other)
     assert devices.sums_type(torch.device("mps")) == torch.float32 and devices.sums_type(CPU) == torch.float64
+
+
+def test_it_is_imported_where_python_has_no_resource_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where nothing tells the peak of memory either."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    importlib.reload(devices)
+    monkeypatch.setattr(sys, "platform", "win32")
+
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(str(path))
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert devices.peak_memory(CPU) is None and devices.free_memory(CPU) is None

@@ -34,7 +34,6 @@ class Side:
     text_bytes: np.ndarray
     predicted: np.ndarray | None  # numbers of labels; None if the models tell no emotions
     vocabulary: tuple[str, ...]  # what must be the same for losses to be compared
-    text_format: TextFormat
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def _side(config: CompareConfig, names: list[str], rows: Any, formats: list[Text
     known = len(predicted) == len(names)
     return Side(
         names, np.array(nats), tokens[0], text_bytes[0], np.array(predicted) if known else None,
-        vocabularies.pop(), formats[0],
+        vocabularies.pop(),
     )  # fmt: skip
 
 
@@ -144,7 +143,7 @@ def judge(a: Side, b: Side, texts: list[str], labels: list[str], shown: int) -> 
             for n in places
         ]
 
-    by_a, by_b = (told_of(places[:shown]) for places in (order, order[::-1]))
+    by_a, by_b = told_of(order[gain[order] < 0][:shown]), told_of(order[::-1][gain[order[::-1]] > 0][:shown])
     return Comparison(count, differences, told_alone, by_a, by_b, groups, verdict(differences, count))
 
 

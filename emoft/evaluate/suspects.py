@@ -14,8 +14,10 @@ import numpy as np
 
 from emoft.data.words import words
 from emoft.evaluate.intervals import Interval, intervals
+from emoft.evaluate.quality import IndependentClassifier
 
 FOLDS = 5
+AT_ONCE = 256  # texts whose neighbours are looked for
 LONGEST = 70  # characters of a text that are shown in a line
 
 
@@ -77,17 +79,14 @@ class Suspicion:
 def cross_fitted(texts: Sequence[str], labels: Sequence[str], names: Sequence[str], seed: int) -> np.ndarray:
     """Return (N, L) the chance of each label for each text, by a model that has not seen the text, nor a copy of it.
 
-    A logistic regression over TF-IDF, as in `quality.IndependentClassifier`, for each of five parts of the rows, fitted
+    A logistic regression over TF-IDF, `quality.IndependentClassifier`, for each of five parts of the rows, fitted
     on the four others.
 
     Raises:
         ValueError: there are too few texts.
     """
     # Here, since it need not be installed.
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
-    from sklearn.pipeline import make_pipeline
 
     place = {name: number for number, name in enumerate(names)}
     rows, given = np.array(texts, dtype=object), np.array(labels)
@@ -96,8 +95,7 @@ def cross_fitted(texts: Sequence[str], labels: Sequence[str], names: Sequence[st
     found = np.zeros((len(texts), len(names)))
     parts = StratifiedGroupKFold(min(FOLDS, len(copies)), shuffle=True, random_state=seed)
     for seen, held in parts.split(rows, given, groups):
-        model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=10, max_iter=1000))
-        model.fit(rows[seen], given[seen])
+        model = IndependentClassifier(rows[seen].tolist(), given[seen].tolist()).pipeline
         chances = model.predict_proba(rows[held])
         for column, name in enumerate(model.classes_):
             found[held, place[str(name)]] = chances[:, column]
@@ -140,8 +138,6 @@ def find_suspects(
     chances: np.ndarray,
     count: int,
     judged_by: str,
-    others: Sequence[str] = (),
-    labels_of_others: Sequence[str] = (),
 ) -> Suspicion:
     """Return the rows whose labels are doubted most.
 
@@ -152,8 +148,6 @@ def find_suspects(
         chances: (N, L), by a model that has not seen the text.
         count: of suspects.
         judged_by: that model, in words.
-        others: among which the nearest text is looked for; the texts themselves, if none are given.
-        labels_of_others: their labels.
     """
     place = {name: number for number, name in enumerate(names)}
     given = np.array([place[label] for label in labels])
@@ -164,33 +158,34 @@ def find_suspects(
     best = rivals.argmax(1)
     margin = rivals[rows, best] - own
     order = np.argsort(-margin, kind="stable")[:count]
-    nearest = _nearest([texts[n] for n in order], list(others) or list(texts), None if others else order)
-    known = list(zip(others, labels_of_others, strict=True)) or list(zip(texts, labels, strict=True))
+    nearest = _nearest(texts, order)
     suspects = [
         Suspect(
             int(n), texts[n], labels[n], names[best[n]], float(rivals[n, best[n]]), float(own[n]),
-            *(known[near] if near is not None else ("", "")),
+            *((texts[near], labels[near]) if near is not None else ("", "")),
         )
         for n, near in zip(order, nearest, strict=True)
     ]  # fmt: skip
     return Suspicion(judged_by, suspects, *noise(given, chances))
 
 
-def _nearest(texts: Sequence[str], among: Sequence[str], themselves: np.ndarray | None) -> list[int | None]:
-    """Return for each text the place of the one that shares most with it, by TF-IDF; None if none shares a word.
+def _nearest(texts: Sequence[str], places: np.ndarray) -> list[int | None]:
+    """Return for each of some texts the place of the other one nearest to it by TF-IDF; None if none shares a word.
 
     Args:
-        texts: some.
-        among: others.
-        themselves: the places of the texts among the others; they are no answer.
+        texts: N of them.
+        places: of those whose neighbours are looked for.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # here, as above
 
-    vectors = TfidfVectorizer(ngram_range=(1, 2)).fit(among)
-    shared = (vectors.transform(texts) @ vectors.transform(among).T).toarray()
-    if themselves is not None:
-        shared[np.arange(len(texts)), themselves] = 0.0
-    return [int(n) if row[n] > 0 else None for n, row in zip(shared.argmax(1), shared, strict=True)]
+    vectors = TfidfVectorizer(ngram_range=(1, 2)).fit_transform(texts)
+    found: list[int | None] = []
+    for start in range(0, len(places), AT_ONCE):
+        some = places[start : start + AT_ONCE]
+        shared = (vectors[some] @ vectors.T).toarray()
+        shared[np.arange(len(some)), some] = 0.0  # a text is not its own neighbour
+        found += [int(n) if row[n] > 0 else None for n, row in zip(shared.argmax(1), shared, strict=True)]
+    return found
 
 
 def write_suspects(path: Path, found: Suspicion, texts: Sequence[str], labels: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from emoft.model.steering import FirstRow, Steered, Steering, evidence_of
 from emoft.training.precision import Precision
 
 MANY = 16  # texts at once from which a CPU is faster in half precision: fewer rows do not fill its matrix units
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+SAMPLING = ("temperature", "top_k", "top_p")  # what only random draws have a use for
 WINDOW = 16  # batches whose prompts are sorted together
 
 
@@ -207,7 +207,7 @@ def _steered(
         if top_p not in (None, 1.0):
             rules.append(TopPLogitsWarper(top_p))
     evidence = evidence_of(model, end, steering, rows)
-    left = {name: value for name, value in options.items() if name not in SAMPLING}
+    left = {name: value for name, value in options.items() if name not in ("do_sample", *SAMPLING)}
     return LogitsProcessorList([Steered(steering, rows, evidence, rules, draws)]), left
 
 

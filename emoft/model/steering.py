@@ -20,9 +20,11 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, GPT2Tokenizer, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from emoft.data.batching import pad
 from emoft.data.template import TextFormat
 from emoft.data.tokens import make_tokens
 from emoft.errors import UserError
+from emoft.training.loss import cross_entropy, shift_labels
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,6 @@ class Steering:
         """Return a prompt under each label."""
         text = row[len(self.prefixes[self.own(row)]) :]
         return [prefix + text for prefix in self.prefixes]
-
-    def text_length(self, row: list[int]) -> int:
-        """Return how many tokens of a prompt belong to its text."""
-        return len(row) - len(self.prefixes[self.own(row)])
 
     def shares(self, row: list[int]) -> list[float]:
         """Return the share of each label that a prompt asks for; they sum to 1."""
@@ -156,22 +154,16 @@ def evidence_of(model: GPT2LMHeadModel, end: int, steering: Steering, rows: Sequ
         steering: knows the labels.
         rows: prompts, token ids.
     """
-    lengths = [steering.text_length(row) for row in rows]
-    found = torch.zeros(len(rows), steering.count, device=model.device)
-    if not any(lengths):
-        return found
-    every = [each for row in rows for each in steering.rows(row)]
-    width = max(map(len, every))
-    # Padded on the right, where causal attention does not look: positions count from the left.
-    ids = torch.tensor([row + [end] * (width - len(row)) for row in every], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in every], device=model.device)
-    logs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)  # (B * L, T, V)
-    of_next = logs[:, :-1].gather(2, ids[:, 1:, None])[..., 0]  # (B * L, T - 1)
-    for number, row in enumerate(every):
-        prompt, label = divmod(number, steering.count)
-        first = len(row) - lengths[prompt]
-        found[prompt, label] = of_next[number, first - 1 : len(row) - 1].sum()
-    return found
+    every = [
+        {"input_ids": each, "first_target": len(prefix)}
+        for row in rows
+        for each, prefix in zip(steering.rows(row), steering.prefixes, strict=True)
+    ]
+    batch = pad(every, end).to(model.device)
+    hidden = model.transformer(**batch.inputs, use_cache=False).last_hidden_state  # (B * L, T, C)
+    losses = cross_entropy(hidden, model.lm_head.weight, shift_labels(batch.labels), batch.predicting)  # (K,)
+    found = torch.zeros(len(every), device=model.device).index_add(0, batch.target_owners, -losses.float())
+    return found.view(len(rows), steering.count)
 
 
 class FirstRow(BaseStreamer):

@@ -52,7 +52,7 @@ def build_card(config: TrainConfig, text_format: TextFormat, results: dict[str, 
     """Return the card of a trained model; see `write_card`."""
     name = Path(config.output_dir).resolve().name
     data, data_name = _data(config), Path(config.train_file).name or config.dataset_name
-    figures = _figures(results, data_name)
+    figures = _figures(results)
     base = (
         config.model_name_or_path if config.model_name_or_path and not Path(config.model_name_or_path).exists() else ""
     )
@@ -126,7 +126,7 @@ def _data(config: TrainConfig) -> str:
     return f"[{config.dataset_name}](https://huggingface.co/datasets/{config.dataset_name}), {licence}."
 
 
-def _figures(results: dict[str, Any], data: str) -> list[tuple[str, str, float, list[float]]]:
+def _figures(results: dict[str, Any]) -> list[tuple[str, str, float, list[float]]]:
     """Return split, metric, value and interval of what was measured of this model."""
     found = []
     for split, prefix in (("validation", "eval_"), ("test", "test_")):

@@ -30,6 +30,7 @@ class MemoryFit:
         """
         self.loader, self.world, self.state = loader, world, state
         self.is_replicated = world.size > 1 and parallel == "ddp"
+        self._tokens = 0  # of the largest micro-batch of the step
         if 0 < state.micro_batch_size < loader.micro_batch_size:
             loader.micro_batch_size = state.micro_batch_size
             print(f"micro-batches of {loader.micro_batch_size}, since larger ones did not fit in memory")
@@ -40,13 +41,14 @@ class MemoryFit:
         The others would wait in the exchange of gradients for a rank that cannot compute its own. All ranks know the
         lengths of all texts, so that nobody has to be asked whether it is such a step.
         """
-        if self.is_replicated and self.loader.largest_micro_batch(step.examples) > self.state.most_fitted:
-            step.agreement = Agreement(self.world)
-
-    def fitted(self, step: Step) -> None:
-        """Note that a step has fitted in memory."""
         if self.is_replicated:
-            self.state.most_fitted = max(self.state.most_fitted, self.loader.largest_micro_batch(step.examples))
+            self._tokens = self.loader.largest_micro_batch(step.examples)
+            if self._tokens > self.state.most_fitted:
+                step.agreement = Agreement(self.world)
+
+    def fitted(self) -> None:
+        """Note that the step has fitted in memory."""
+        self.state.most_fitted = max(self.state.most_fitted, self._tokens)
 
     def halve(self, step: Step) -> bool:
         """Make the micro-batches from now on half as large; return whether the step that did not fit can come again.

@@ -49,24 +49,22 @@ class Threads:
         if self.follows and state.threads:
             torch.set_num_threads(min(self.most, state.threads[-1][1]))
 
-    def look(self) -> int | None:
-        """See, between two steps and at most once a second, what others use; return the number if it has changed."""
+    def look(self) -> None:
+        """See, between two steps and at most once a second, what others use, and follow it."""
         if not self.follows:
-            return None
+            return
         now = time.perf_counter()
         if self._since is None:
             self._since, self._begun = _now(), now
         if now - self._since[0] < LOOK_SECONDS:
-            return None
+            return
         before, self._since = self._since, _now()
         seconds, busy, own = (now - then for now, then in zip(self._since, before, strict=True))
         wanted = min(self.most, threads_for(self.cores, max(0.0, busy - own) / seconds))
         self._wanted = [*self._wanted, wanted][-LOOKS:]
         is_sure = self._wanted == [wanted] * LOOKS and now - self._begun >= PATIENCE_SECONDS
-        if not is_sure or wanted == torch.get_num_threads():
-            return None
-        torch.set_num_threads(wanted)
-        return wanted
+        if is_sure and wanted != torch.get_num_threads():
+            torch.set_num_threads(wanted)
 
 
 def threads_for(cores: int, used_by_others: float) -> int:
@@ -77,7 +75,7 @@ def threads_for(cores: int, used_by_others: float) -> int:
 def available_cores() -> int:
     """Return the cores that this process may use: those it is bound to, and no more than its container's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, *_container_share()))
+    return min([cores, *_container_share()])
 
 
 def _container_share() -> list[int]:
@@ -89,8 +87,8 @@ def _container_share() -> list[int]:
             folder = Path("/sys/fs/cgroup/cpu")
             quota, period = (folder.joinpath(f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         except OSError:
-            return [2**31]
-    return [2**31] if quota.strip() in ("max", "-1") else [max(1, int(quota) // int(period))]
+            return []
+    return [] if quota.strip() in ("max", "-1") else [max(1, int(quota) // int(period))]
 
 
 def cores_busy_seconds() -> float | None:

@@ -10,6 +10,7 @@ import pytest
 from cleanlab.count import compute_confident_joint, estimate_joint
 from conftest import ROOT, Result
 
+from emoft.evaluate import suspects
 from emoft.evaluate.suspects import confident_joint, cross_fitted, find_suspects, noise
 
 SAMPLE = ROOT / "emoft" / "sample" / "train.csv"
@@ -106,3 +107,11 @@ def test_what_has_no_labels_is_refused(run: Callable[..., Result], tiny_model: P
     words = ["--model_name_or_path", tiny_model, "--template={text}", "--test_file", train_file, "--max_length=16"]
     result = run("-m", "emoft.evaluate", *words, "--suspects=3")
     assert result.code == 2 and "--suspects judges labels" in result.err
+
+
+def test_the_nearest_text_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["i feel sad today", "the sun is warm", "i feel sad again", "zebra", "warm sun"]
+    expected = [2, 4, 0, None, 1]
+    assert suspects._nearest(texts, np.arange(5)) == expected
+    monkeypatch.setattr(suspects, "AT_ONCE", 2)
+    assert suspects._nearest(texts, np.arange(5)) == expected
