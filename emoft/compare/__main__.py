@@ -19,7 +19,10 @@ def check(config: CompareConfig) -> None:
     if not all(config.groups()):
         raise UserError(f"name two models, or two groups of them, as in {next(iter(config.command.examples))}")
     for name in sum(config.groups(), []):
-        is_folder(name, "model with a tokenizer", "models")
+        try:
+            is_folder(name, "model with a tokenizer", "models")
+        except UserError as error:  # models are named without a flag
+            raise UserError(str(error).removeprefix("--models ")) from None
     if config.test_file:
         check_file("--test_file", config.test_file)
 
