@@ -18,13 +18,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import GPT2LMHeadModel, GPT2Tokenizer
+from transformers import GPT2Tokenizer
 
 from emoft.device import choose_device
+from emoft.model.decoding import Decoder, build_decoder
 from emoft.model.generation import (
-    SAMPLING,
     Generated,
-    TerminalStreamer,
+    TerminalStream,
     check_prompts,
     choose_generation_precision,
     encode_prompt,
@@ -36,7 +36,8 @@ from emoft.model.loading import check_fit, load_model
 from emoft.model.steering import Steering, build_steering
 from emoft.model.tokenizer import load_tokenizer
 from emoft.terminal import progress
-from emoft.training.precision import Precision
+
+SAMPLING = ("temperature", "top_k", "top_p")  # what only random draws have a use for
 
 
 def show(results: Iterable[Generated], as_json: bool) -> None:
@@ -67,10 +68,13 @@ def main(config: GenerateConfig, prompts: list[str]) -> int:
     model = load_model(config.model_name_or_path, config.model_revision)
     check_fit(model, tokenizer)
     texts = 1 if config.interactive else min(config.batch_size, len(prompts) * config.num_return_sequences)
-    precision = choose_generation_precision(config.mixed_precision, choose_device(config.use_cpu), texts)
+    device = choose_device(config.use_cpu)
+    if config.quantize != "no" and device.type != "cpu":
+        raise UserError(f"--quantize {config.quantize} is for CPUs, and this would run on {device.type}: add --use_cpu")
+    precision = choose_generation_precision(config.mixed_precision, device, texts)
     model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
     use_fast_kernels(model)
-    model.eval()
+    decoder = build_decoder(model.eval(), precision, config.quantize == "int8")
     max_length = config.max_length
     if max_length == GenerateConfig.max_length:
         max_length = min(max_length, model.config.n_positions)  # nobody asked a small model for more
@@ -81,15 +85,15 @@ def main(config: GenerateConfig, prompts: list[str]) -> int:
         "max_new_tokens": config.max_new_tokens,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
         "do_sample": config.do_sample,
-        **({name: getattr(config, name) for name in SAMPLING} if config.do_sample else {}),
+        **{name: getattr(config, name) for name in SAMPLING},
         "steering": read_steering(config, tokenizer, prompts),
     }
     torch.manual_seed(config.seed)
     if config.interactive:
-        return converse(model, tokenizer, precision, options)
+        return converse(decoder, tokenizer, options)
 
     repeats = config.num_return_sequences
-    results = generate_all(model, tokenizer, prompts, config.batch_size, precision, repeats, **options)
+    results = generate_all(decoder, tokenizer, prompts, config.batch_size, repeats, **options)
     for result in progress(results, "Generating", "prompt", len(prompts)):
         show(result, config.json)
     return 0
@@ -110,7 +114,7 @@ def read_steering(config: GenerateConfig, tokenizer: GPT2Tokenizer, prompts: lis
     return steering
 
 
-def converse(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, precision: Precision, options: dict[str, Any]) -> int:
+def converse(decoder: Decoder, tokenizer: GPT2Tokenizer, options: dict[str, Any]) -> int:
     """Continue one prompt after another from the terminal, printed token by token; an empty line or Ctrl-D ends."""
     limits = options["max_length"], options["max_new_tokens"]
     if sys.stdin.isatty():
@@ -123,15 +127,16 @@ def converse(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, precision: Precis
         if not prompt.strip():
             return 0
         try:
-            check_prompts(model, tokenizer, [prompt], *limits)
+            check_prompts(decoder.model, tokenizer, [prompt], *limits)
             if steering := options["steering"]:
                 steering.own(encode_prompt(tokenizer, prompt))
         except UserError as error:  # a prompt that is too long must not end the conversation
             print(error)
             continue
         print(prompt, end="", flush=True)
-        with precision.autocast():
-            generate_batch(model, tokenizer, [prompt], streamer=TerminalStreamer(tokenizer), **options)
+        stream = TerminalStream(tokenizer)
+        generate_batch(decoder, tokenizer, [prompt], stream=stream, **options)
+        stream.end()
 
 
 if __name__ == "__main__":

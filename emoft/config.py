@@ -270,6 +270,9 @@ class GenerateConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "as for train.py, but no for few texts on a CPU; no gives a prompt the same text beside any other"
     )
+    quantize: Literal["no", "int8"] = option(
+        "no", "int8: on a CPU, weights and what they are multiplied with in eight bits; faster, and a little worse"
+    )
     json: bool = option(False, "print a line of JSON for each result")
     use_cpu: bool = option(False, "stay on the CPU where there is a GPU")
 

@@ -1,6 +1,7 @@
 """What the libraries do not promise to keep is still as emoft takes it, and is taken in one place only."""
 
 import ast
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +10,22 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, read_scalars
 from datasets import Dataset
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils.tensorboard import FileWriter, SummaryWriter, summary
 
 from emoft.data.tokens import byte_of_character
-from emoft.private import fingerprint_of, flash_attention, go_offline, restart_marks
+from emoft.private import (
+    fingerprint_of,
+    flash_attention,
+    go_offline,
+    int8_product,
+    packed_product,
+    packs,
+    restart_marks,
+)
 
 UNDOCUMENTED = (  # modules that have no page in their library's documentation; emoft has found public ways around them
     "tensorboard.compat",
@@ -98,6 +108,31 @@ def test_marks_of_a_restart_are_those_of_a_summary_writer(tmp_path: Path, monkey
     assert written == restart_marks(3), "SummaryWriter tells TensorBoard of a restart in another way"
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_products_by_packed_weights(rows: int) -> None:
+    torch.manual_seed(1)
+    weight, bias, values = torch.randn(24, 40), torch.randn(40), torch.randn(rows, 24)
+    expected = values @ weight
+    with there("torch.ops.mkldnn._linear_pointwise"):
+        assert packs(torch.device("cpu"), torch.float32)
+        packs(torch.device("cpu"), torch.bfloat16), packs(torch.device("cpu"), torch.float16)
+        assert torch.allclose(packed_product(weight, None)(values), expected, atol=1e-4)
+        activated = F.gelu(expected + bias, approximate="tanh")
+        assert torch.allclose(packed_product(weight, bias, gelu=True)(values), activated, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_products_in_eight_bits(rows: int) -> None:
+    torch.manual_seed(1)
+    weight, bias, values = torch.randn(24, 40), torch.randn(40), torch.randn(rows, 24)
+    weight[:, 3] = 0  # an output of zeros must not be divided by its largest weight
+    expected = values @ weight + bias
+    with there("torch.ao.nn.quantized.dynamic.Linear"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # its deprecation is known, and no user can do anything about it
+        found = int8_product(weight, bias)(values)
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.std()
+
+
 def test_the_bytes_that_characters_of_a_token_stand_for() -> None:
     """As the tokenizer itself spells bytes. The table in transformers, `bytes_to_unicode`, is not documented."""
     table = byte_of_character()
@@ -134,6 +169,10 @@ def test_private_names_stand_in_one_module() -> None:
     assert set(found.pop("emoft/private.py")) == {
         "rows._fingerprint",
         "torch.ops.aten._flash_attention_forward",
+        "torch.ops.mkldnn._is_mkldnn_bf16_supported",
+        "torch.ops.mkldnn._is_mkldnn_fp16_supported",
+        "torch.ops.mkldnn._linear_pointwise",
+        "torch.ops.mkldnn._reorder_linear_weight",
         "tensorboard.compat.proto.event_pb2.Event",
         "tensorboard.compat.proto.event_pb2.SessionLog",
     }

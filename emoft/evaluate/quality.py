@@ -27,6 +27,7 @@ import torch
 from emoft.data.words import runs, words
 from emoft.evaluate.classification import Classification, compare, label_scores
 from emoft.evaluate.intervals import interval_of_mean
+from emoft.model.decoding import build_decoder
 from emoft.model.generation import Generated, choose_generation_precision, generate_all
 from emoft.model.loading import TextModel
 from emoft.terminal import progress
@@ -119,11 +120,10 @@ def sample(
     chosen = choose_generation_precision(precision, model.device, min(batch_size, count * len(prompts)))
     torch.manual_seed(seed)
     results = generate_all(
-        model,
+        build_decoder(model, chosen),
         tokenizer,
         prompts,
         batch_size,
-        chosen,
         count,
         max_length=text_format.max_length,
         do_sample=True,

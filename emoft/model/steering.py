@@ -13,17 +13,16 @@ so far makes it: the two differ by a factor that no token changes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel, GPT2Tokenizer, LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.data.batching import pad
 from emoft.data.template import TextFormat
 from emoft.data.tokens import make_tokens
 from emoft.errors import UserError
+from emoft.model.decoding import Decoder
 from emoft.training.loss import cross_entropy, shift_labels
 
 
@@ -85,46 +84,36 @@ def build_steering(
     return Steering(prefixes, text_format.labels, strength, mixture)
 
 
-class Steered(LogitsProcessor):
-    """Chooses the next token of each prompt from its rows under all labels, which go on with the same token.
+class Steered:
+    """The rows of each text under all labels, which go on with the same token, as one batch with one cache."""
 
-    All rows advance as one batch with one cache.
-    """
-
-    def __init__(
-        self, steering: Steering, rows: list[list[int]], evidence: Tensor, rules: LogitsProcessorList, draws: bool
-    ) -> None:
+    def __init__(self, decoder: Decoder, end: int, steering: Steering, texts: Sequence[list[int]]) -> None:
         """Prepare it.
 
         Args:
+            decoder: of the model.
+            end: the id of end-of-text, which fills rows up.
             steering: how strongly.
-            rows: the prompts, token ids, each under its own label.
-            evidence: (B, L) float, the log-likelihood of what there is of each text under each label, in nats.
-            rules: of transformers, which change the scores (B, V) of a step, in this order.
-            draws: a token at random by its probability, instead of the likeliest.
+            texts: the prompts, token ids, each under its own label.
         """
-        self.steering, self.rules, self.draws, self.evidence = steering, rules, draws, evidence
-        self.shares = torch.tensor([steering.shares(row) for row in rows], device=evidence.device)  # (B, L)
-        self.own = torch.tensor([steering.own(row) for row in rows], device=evidence.device)
+        self.strength = steering.strength
+        with decoder.precision.autocast():
+            self.evidence = evidence_of(decoder.model, end, steering, texts)  # (B, L)
+        self.shares = torch.tensor([steering.shares(text) for text in texts], device=self.evidence.device)  # (B, L)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (B * L, V) that leave a single token for all rows of a prompt.
+    def scores(self, scores: Tensor) -> Tensor:
+        """Return the steered scores of each text, (B, V), from those of its rows, (B * L, V)."""
+        self.logs = scores.log_softmax(-1).view(*self.evidence.shape, -1)  # (B, L, V)
+        return steer(self.logs, self.evidence, self.shares, self.strength)
 
-        Args:
-            input_ids: (B * L, T), the rows so far.
-            scores: (B * L, V), their logits.
-        """
-        prompts, count = len(self.own), self.steering.count
-        logs = scores.float().log_softmax(-1).view(prompts, count, -1)  # (B, L, V)
-        steered = steer(logs, self.evidence, self.shares, self.steering.strength)
-        places = torch.arange(prompts, device=scores.device) * count + self.own  # of each prompt under its own label
-        before: Any = input_ids[places]
-        steered = self.rules(before, steered.nan_to_num(-torch.inf))
-        drawn_or_best = steered.softmax(-1).nan_to_num(1.0).multinomial(1) if self.draws else steered.argmax(-1, True)
-        chosen = drawn_or_best[:, 0]
-        self.evidence += logs.gather(2, chosen[:, None, None].expand(-1, count, 1))[..., 0]
-        rows = chosen.repeat_interleave(count)
-        return torch.full_like(scores, -torch.inf).scatter(1, rows[:, None], 0.0)
+    def accept(self, chosen: Tensor) -> None:
+        """Take the tokens, (B,), that the texts go on with: each is evidence for the labels that made it likely."""
+        places = chosen[:, None, None].expand(-1, self.logs.shape[1], -1)
+        self.evidence = self.evidence + self.logs.gather(2, places)[..., 0]
+
+    def keep(self, chosen: Tensor) -> None:
+        """Go on with some of the texts only, by their places in the batch."""
+        self.evidence, self.shares = self.evidence[chosen], self.shares[chosen]
 
 
 def steer(logs: Tensor, evidence: Tensor, shares: Tensor, strength: float) -> Tensor:
@@ -164,18 +153,3 @@ def evidence_of(model: GPT2LMHeadModel, end: int, steering: Steering, rows: Sequ
     losses = cross_entropy(hidden, model.lm_head.weight, shift_labels(batch.labels), batch.predicting)  # (K,)
     found = torch.zeros(len(every), device=model.device).index_add(0, batch.target_owners, -losses.float())
     return found.view(len(rows), steering.count)
-
-
-class FirstRow(BaseStreamer):
-    """Gives a streamer, which knows a single row, the first of several that are the same."""
-
-    def __init__(self, streamer: BaseStreamer) -> None:
-        self.streamer = streamer
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompts, (L, T), then a token of each row, (L,), at a time."""
-        self.streamer.put(value[:1])
-
-    def end(self) -> None:
-        """End the text."""
-        self.streamer.end()

@@ -2,14 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, GPT2Tokenizer, NoRepeatNGramLogitsProcessor
+from transformers import GPT2LMHeadModel, GPT2Tokenizer, SuppressTokensLogitsProcessor
 
 from emoft.data.template import TextFormat
 from emoft.device import half_precision
 from emoft.errors import UserError
+from emoft.model.decoding import Decoder, Rows
 from emoft.model.generation import (
-    NoRepeatNGram,
-    TerminalStreamer,
+    TerminalStream,
     check_prompts,
     choose_generation_precision,
     encode_prompt,
@@ -21,20 +21,25 @@ from emoft.model.loading import TextModel
 from emoft.training.precision import Precision
 
 CPU = torch.device("cpu")
+Parts = tuple[Decoder, GPT2Tokenizer]
+
+
+def decoder_of(model: GPT2LMHeadModel) -> Decoder:
+    return Decoder(model, Precision("no", CPU))
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_model: Path) -> tuple[GPT2LMHeadModel, GPT2Tokenizer]:
+def parts(tiny_model: Path) -> Parts:
     tokenizer = GPT2Tokenizer.from_pretrained(tiny_model)
     tokenizer.pad_token = tokenizer.eos_token
-    return GPT2LMHeadModel.from_pretrained(tiny_model).eval(), tokenizer
+    return decoder_of(GPT2LMHeadModel.from_pretrained(tiny_model).eval()), tokenizer
 
 
-def test_an_empty_prompt_starts_from_end_of_text(parts: tuple) -> None:
+def test_an_empty_prompt_starts_from_end_of_text(parts: Parts) -> None:
     assert encode_prompt(parts[1], "") == [parts[1].eos_token_id]
 
 
-def test_each_prompt_has_its_own_limit(parts: tuple) -> None:
+def test_each_prompt_has_its_own_limit(parts: Parts) -> None:
     prompts = ["i", "i feel happy because my friends"]
     lengths = [len(encode_prompt(parts[1], prompt)) for prompt in prompts]
     results = generate_batch(*parts, prompts, max_length=30)
@@ -44,7 +49,7 @@ def test_each_prompt_has_its_own_limit(parts: tuple) -> None:
     assert [result.new_tokens for result in results] == [4, 4]
 
 
-def test_prompts_of_different_lengths_stay_within_the_positions(parts: tuple) -> None:
+def test_prompts_of_different_lengths_stay_within_the_positions(parts: Parts) -> None:
     """Beside a short prompt, which has more room, a long one must not grow beyond the model's 128 positions."""
     prompts = ["i", "i feel happy because my friends " * 6, "i was so sad", "i"]
     results = generate_batch(*parts, prompts, max_length=128)
@@ -57,40 +62,40 @@ def test_prompts_of_different_lengths_stay_within_the_positions(parts: tuple) ->
         assert result.text == generate_batch(*parts, [prompt], max_length=128)[0].text
 
 
-def test_a_model_that_holds_nan_ends_nothing(parts: tuple) -> None:
-    model = GPT2LMHeadModel(parts[0].config).eval()
+def test_a_model_that_holds_nan_ends_nothing(parts: Parts) -> None:
+    model = GPT2LMHeadModel(parts[0].model.config).eval()
     with torch.no_grad():
         model.transformer.h[0].ln_1.weight[0] = float("nan")
-    results = generate_batch(model, parts[1], ["i feel"], max_new_tokens=5, do_sample=True)
+    results = generate_batch(decoder_of(model), parts[1], ["i feel"], max_new_tokens=5, do_sample=True)
     assert len(results) == 1
 
 
-def test_finished_means_that_the_model_ended_the_text(parts: tuple) -> None:
-    model, tokenizer = parts
-    eager = GPT2LMHeadModel(model.config).eval()
+def test_finished_means_that_the_model_ended_the_text(parts: Parts) -> None:
+    decoder, tokenizer = parts
+    eager = GPT2LMHeadModel(decoder.model.config).eval()
     with torch.no_grad():  # whatever it reads, it ends: all logits but that of end-of-text are zero
         for parameter in eager.parameters():
             parameter.zero_()
         eager.transformer.ln_f.bias.fill_(1)
         eager.transformer.wte.weight[tokenizer.eos_token_id] = 1
-    (result,) = generate_batch(eager, tokenizer, ["i feel"])
+    (result,) = generate_batch(decoder_of(eager), tokenizer, ["i feel"])
     assert (result.text, result.new_tokens, result.finished) == ("i feel", 0, True)
-    (result,) = generate_batch(model, tokenizer, ["i feel"], max_new_tokens=1)
+    (result,) = generate_batch(decoder, tokenizer, ["i feel"], max_new_tokens=1)
     assert (result.new_tokens, result.finished) == (1, False)
 
 
-def test_a_prompt_without_room_is_named_by_its_number(parts: tuple) -> None:
-    check_prompts(*parts, ["i", "we"], max_length=20)
+def test_a_prompt_without_room_is_named_by_its_number(parts: Parts) -> None:
+    check_prompts(parts[0].model, parts[1], ["i", "we"], max_length=20)
     with pytest.raises(UserError, match="prompt 2 has"):
-        check_prompts(*parts, ["i", "we " * 40], max_length=20)
+        check_prompts(parts[0].model, parts[1], ["i", "we " * 40], max_length=20)
     with pytest.raises(UserError, match="--max_new_tokens 128 asks for 129 in all"):
-        check_prompts(*parts, ["i"], max_length=20, max_new_tokens=128)
+        check_prompts(parts[0].model, parts[1], ["i"], max_length=20, max_new_tokens=128)
     with pytest.raises(UserError, match="shorten it"):
-        check_prompts(*parts, ["we " * 200], max_length=20)
+        check_prompts(parts[0].model, parts[1], ["we " * 200], max_length=20)
 
 
-def test_a_training_is_left_as_it_was(parts: tuple) -> None:
-    model, tokenizer = parts
+def test_a_training_is_left_as_it_was(parts: Parts) -> None:
+    model, tokenizer = parts[0].model, parts[1]
     model.train()
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -105,28 +110,27 @@ def test_a_training_is_left_as_it_was(parts: tuple) -> None:
 
 
 def test_a_stream_shows_each_character_when_its_last_byte_is_there(
-    parts: tuple, capsys: pytest.CaptureFixture[str]
+    parts: Parts, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = parts[1]
-    streamer = TerminalStreamer(tokenizer)
-    streamer.put(torch.tensor([tokenizer("the prompt")["input_ids"]]))
+    stream = TerminalStream(tokenizer)
     shown = []
     ids = tokenizer("aខ")["input_ids"]
     assert len(ids) == 4, "the character was meant to take three tokens"
     for token in ids:
-        streamer.put(torch.tensor([token]))
+        stream(token)
         shown.append(capsys.readouterr().out)
     assert shown == ["a", "", "", "ខ"]
-    streamer.put(torch.tensor([ids[1]]))
-    streamer.end()
+    stream(ids[1])
+    stream.end()
     assert capsys.readouterr().out == "\n"
 
 
 @pytest.fixture(scope="module")
-def ending_model(parts: tuple) -> GPT2LMHeadModel:
+def ending_model(parts: Parts) -> GPT2LMHeadModel:
     """A random model that writes widely, ends some texts early and others late or never."""
     torch.manual_seed(3)
-    model = GPT2LMHeadModel(parts[0].config).eval()
+    model = GPT2LMHeadModel(parts[0].model.config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(6 if parameter.ndim == 2 else 1)
@@ -150,17 +154,16 @@ PROMPTS = [
 @pytest.mark.parametrize("no_repeat_ngram_size", [0, 1, 2, 3])
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_each_prompt_gets_together_what_it_gets_alone(
-    parts: tuple, ending_model: GPT2LMHeadModel, batch_size: int, no_repeat_ngram_size: int
+    parts: Parts, ending_model: GPT2LMHeadModel, batch_size: int, no_repeat_ngram_size: int
 ) -> None:
     """Prompts of mixed lengths, with and without end-of-text in them, of texts that end at different places."""
     tokenizer = parts[1]
     prompts = [*PROMPTS, *(f"{prompt} {number}" for prompt in PROMPTS for number in range(4))]
     options = {"max_length": 60, "no_repeat_ngram_size": no_repeat_ngram_size}
     together = [
-        result
-        for (result,) in generate_all(ending_model, tokenizer, prompts, batch_size, Precision("no", CPU), **options)
+        result for (result,) in generate_all(decoder_of(ending_model), tokenizer, prompts, batch_size, **options)
     ]
-    alone = [generate_batch(ending_model, tokenizer, [prompt], **options)[0] for prompt in prompts]
+    alone = [generate_batch(decoder_of(ending_model), tokenizer, [prompt], **options)[0] for prompt in prompts]
     assert together == alone
     assert any(result.finished for result in alone) and not all(result.finished for result in alone)
     assert len({result.new_tokens for result in alone}) > 5
@@ -172,34 +175,29 @@ def test_a_cpu_computes_few_texts_in_float32() -> None:
     assert choose_generation_precision("bf16", CPU, 1).name == "bf16"
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_no_sequence_occurs_twice(size: int) -> None:
-    """The library's own rule, for rows without padding; with padding, what each row gets without it."""
-    random = torch.Generator().manual_seed(size)
-    library = NoRepeatNGramLogitsProcessor(size)
-    for length in range(1, 30):
-        ids = torch.randint(4, (5, length), generator=random)
-        scores = torch.randn(5, 6, generator=random)
-        expected = library(ids, scores.clone())
-        assert torch.equal(NoRepeatNGram(size, [0] * 5)(ids, scores), expected)
-        padding = [0, 1, length // 2, length - 1, length // 3]
-        rows = [library(row[start:][None], each[None]) for row, start, each in zip(ids, padding, scores, strict=True)]
-        assert torch.equal(NoRepeatNGram(size, padding)(ids, scores), torch.cat(rows))
-
-
-def test_prompts_that_do_not_fit_in_memory_together_are_continued_in_halves(parts: tuple) -> None:
-    model, prompts, fits = parts[0], ["i", "i feel happy because", "the dark", "we", "my heart is"], 2
+def test_prompts_that_do_not_fit_in_memory_together_are_continued_in_halves(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, fits = ["i", "i feel happy because", "the dark", "we", "my heart is"], 2
     together = generate_batch(*parts, prompts, max_new_tokens=8)
+    read = Decoder.read
 
-    def limit(module, inputs, named) -> None:
-        if len(inputs[0] if inputs else named["input_ids"]) > fits:
+    def limited(decoder: Decoder, tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
+        if len(tokens) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return read(decoder, tokens, rows)
 
-    hook = model.transformer.register_forward_pre_hook(limit, with_kwargs=True)
-    try:
-        assert generate_batch(*parts, prompts, max_new_tokens=8) == together
-        fits = 0
-        with pytest.raises(torch.OutOfMemoryError):
-            generate_batch(*parts, prompts, max_new_tokens=8)
-    finally:
-        hook.remove()
+    monkeypatch.setattr(Decoder, "read", limited)
+    assert generate_batch(*parts, prompts, max_new_tokens=8) == together
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        generate_batch(*parts, prompts, max_new_tokens=8)
+
+
+def test_the_librarys_rules_are_usable(parts: Parts) -> None:
+    """Of transformers' processors, here the one that allows nothing but a few tokens."""
+    allowed = [5, 9, 13]
+    rules = [SuppressTokensLogitsProcessor([n for n in range(len(parts[1])) if n not in allowed])]
+    (result,) = generate_batch(*parts, ["i feel"], max_new_tokens=6, rules=rules)
+    assert result.new_tokens == 6
+    assert set(parts[1](result.text)["input_ids"][-6:]) <= set(allowed)

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from emoft.data.template import TextFormat
 from emoft.data.tokens import decode
 from emoft.errors import UserError
+from emoft.model.decoding import Decoder
 from emoft.model.generation import encode_prompt, generate_all, generate_batch
 from emoft.model.steering import Steering, build_steering, evidence_of, steer
 from emoft.model.tokenizer import train_tokenizer
@@ -35,6 +36,10 @@ def model(tokenizer: GPT2Tokenizer) -> GPT2LMHeadModel:
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
+
+
+def decoder_of(model: GPT2LMHeadModel) -> Decoder:
+    return Decoder(model, Precision("no", torch.device("cpu")))
 
 
 def by_formula(
@@ -68,7 +73,7 @@ def test_each_token_is_the_one_of_the_formula(
     prompts = [("joy", ""), ("anger", "i feel"), ("surprise", "then so")]
     steering = build_steering(tokenizer, FORMAT, strength)
     texts = [FORMAT.prompt(*each) for each in prompts]
-    results = generate_batch(model, tokenizer, texts, max_new_tokens=8, steering=steering)
+    results = generate_batch(decoder_of(model), tokenizer, texts, max_new_tokens=8, steering=steering)
     for (label, text), result in zip(prompts, results, strict=True):
         expected = by_formula(model, tokenizer, label, text, strength, 8)
         expected = expected[:-1] if expected[-1] == tokenizer.eos_token_id else expected
@@ -77,9 +82,11 @@ def test_each_token_is_the_one_of_the_formula(
 
 def test_without_strength_it_is_what_the_prompt_alone_makes(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer) -> None:
     texts = [FORMAT.prompt(label, "i feel") for label in LABELS]
-    plain = generate_batch(model, tokenizer, texts, max_new_tokens=12, no_repeat_ngram_size=2)
+    plain = generate_batch(decoder_of(model), tokenizer, texts, max_new_tokens=12, no_repeat_ngram_size=2)
     steering = build_steering(tokenizer, FORMAT, 0.0)
-    steered = generate_batch(model, tokenizer, texts, max_new_tokens=12, no_repeat_ngram_size=2, steering=steering)
+    steered = generate_batch(
+        decoder_of(model), tokenizer, texts, max_new_tokens=12, no_repeat_ngram_size=2, steering=steering
+    )
     assert steered == plain
 
 
@@ -88,7 +95,14 @@ def test_draws_follow_the_steered_chances(model: GPT2LMHeadModel, tokenizer: GPT
     prompt = FORMAT.prompt("joy")
     torch.manual_seed(0)
     results = generate_batch(
-        model, tokenizer, [prompt] * 3000, max_new_tokens=1, steering=steering, do_sample=True, top_k=5, temperature=0.9
+        decoder_of(model),
+        tokenizer,
+        [prompt] * 3000,
+        max_new_tokens=1,
+        steering=steering,
+        do_sample=True,
+        top_k=5,
+        temperature=0.9,
     )
     rows = steering.rows(encode_prompt(tokenizer, prompt))
     with torch.no_grad():
@@ -111,9 +125,8 @@ def test_it_raises_the_chance_of_the_emotion(model: GPT2LMHeadModel, tokenizer: 
         torch.manual_seed(1)
         prompts = [FORMAT.prompt(label) for label in LABELS] * 20
         results = generate_all(
-            model, tokenizer, prompts, 30, Precision("no", torch.device("cpu")), max_new_tokens=10, do_sample=True,
-            steering=steering,
-        )  # fmt: skip
+            decoder_of(model), tokenizer, prompts, 30, max_new_tokens=10, do_sample=True, steering=steering
+        )
         texts = [encode_prompt(tokenizer, result.text) for (result,) in results]
         evidence = evidence_of(model, tokenizer.eos_token_id, steering, texts)
         own = torch.tensor([steering.own(text) for text in texts])
