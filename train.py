@@ -1,7 +1,7 @@
 """Fine-tune GPT-2 on short emotional texts: `python train.py --help` lists the flags, the README explains them.
 
 Read from top to bottom: `train` sets up, loops over optimization steps, and finishes. The whole of a step stands in the
-loop; what happens between two steps (log, evaluate, sample, save, stop) is decided in emoft/run.py.
+loop; what happens between two steps (log, evaluate, sample, save, stop) is decided in emoft/run/run.py.
 """
 
 import sys
@@ -38,8 +38,9 @@ from emoft.distributed.world import World
 from emoft.gradients.monitor import GradientMonitor
 from emoft.model.loading import TextModel, load_model_and_tokenizer
 from emoft.model.preparation import prepare
-from emoft.plan import Plan
-from emoft.run import Run
+from emoft.plan.plan import Plan
+from emoft.run.run import Run
+from emoft.run.setup import Setup
 from emoft.tracking.run_state import RunState
 from emoft.training.contrast import LabelContrast
 from emoft.training.loss import cross_entropy, shift_labels
@@ -77,7 +78,7 @@ def train(
     config: TrainConfig,
     world: World,
     load: Callable[[TrainConfig, Path | None], Loaded] = load_model_and_data,
-    run_class: Callable[..., Any] = Run,
+    run_class: Callable[[Setup], Any] = Run,
 ) -> int:
     """Run a training from its configuration to its saved model.
 
@@ -85,8 +86,7 @@ def train(
         config: all flags.
         world: the processes that train together, each of which runs this function; without torchrun there is one.
         load: gives the model and the data; the benchmark draws both.
-        run_class: what stands around the loop; --plan has one that measures a few steps, and `python -m emoft.step` one
-            that watches a step.
+        run_class: what stands around the loop: a run, a plan of one (--plan), or a step that is watched (emoft.step).
 
     Returns:
         The exit code: 0, or 129, 130 or 143 if a signal stopped the run after saving.
@@ -96,9 +96,9 @@ def train(
     """
     # ---- Set up: model and data, the steps of the run, optimizer and schedule ----------------------------------------
     device = choose_device(config.use_cpu, world.local_rank)
-    threads = Threads(config.num_threads, device)
     precision = Precision(config.mixed_precision, device)
     scaler = precision.scaler  # of the loss, in fp16; otherwise it passes everything through
+    runtime = Runtime(world, precision, StopSignals(world), Threads(config.num_threads, device))
     checkpoint = world.on_main(lambda: find_checkpoint(config, world))
     saved = load_state(checkpoint, config) if checkpoint else None
     step_size = examples_per_step(config, world, saved)
@@ -116,7 +116,6 @@ def train(
     transformer = prepare(model, config, world, device)
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, loader.total_steps)
-    runtime = Runtime(world, precision, StopSignals(world), threads)
     training_state = TrainingState(config, runtime, optimizer, schedule, step_size, splits)
     run_state = training_state.restore(saved, checkpoint) if saved and checkpoint else RunState()
     saved = None  # AdamW's moments, of which the optimizer has its own copy
@@ -127,7 +126,8 @@ def train(
         f"{sum(p.numel() for p in model.parameters()):,} parameters on {ranks}{device} ({precision.name}),"
         f" {len(train_data):,} examples, {loader.total_steps:,} steps of {step_size} examples, into {output_dir}"
     )
-    run = run_class(config, runtime, text_model, splits, loader, training_state, run_state, monitor, label_contrast)
+    setup = Setup(config, runtime, text_model, splits, loader, training_state, run_state, monitor, label_contrast)
+    run = run_class(setup)
 
     # ---- The loop: one optimization step after another ---------------------------------------------------------------
     for step in run.steps():  # from where a resumed run left off

@@ -29,7 +29,7 @@ from emoft.distributed.world import World
 from emoft.errors import UserError
 from emoft.model.attention import use_packed_attention
 from emoft.model.kernels import compiled, use_fast_kernels
-from emoft.run import Run
+from emoft.run.run import Run
 from emoft.training.loss import cross_entropy, shift_labels
 from emoft.training.precision import Precision
 
@@ -100,8 +100,8 @@ class Watched(Run):
             if step.number == self.planted_at:
                 self.planted_at = 0
                 with torch.no_grad():
-                    self.text_model.model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
-            waits_for_nothing = DEVICE.type == "cuda" and step.number > 3 and not self._logs(step)
+                    self.setup.text_model.model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
+            waits_for_nothing = DEVICE.type == "cuda" and step.number > 3 and not self.timetable.logs(step.number)
             if waits_for_nothing:
                 torch.cuda.set_sync_debug_mode("error")
             try:

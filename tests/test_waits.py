@@ -14,7 +14,7 @@ import train
 from emoft.config import TrainConfig
 from emoft.data.steps import Step
 from emoft.distributed.world import World
-from emoft.run import Run
+from emoft.run.run import Run
 
 # Operators whose result the host needs before it goes on: a number, or a size that depends on values.
 READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -45,7 +45,7 @@ class AsOnAGpu(Run):
     def steps(self) -> Iterator[Step]:
         self.guard.looks_always = False
         for step in super().steps():
-            if self._logs(step) or self._evaluates(step):
+            if self.timetable.logs(step.number) or self.timetable.evaluates(step.number):
                 yield step
                 continue
             with Reads() as reads:

@@ -74,6 +74,7 @@ def rows_of(
     times = {kind: statistics.median(contender.seconds) for kind, contender in contenders.items()}
 
     def row(name: str, seconds: float, peak: int | None = None) -> Row:
+        """Return the row of what takes so many seconds a step, and holds so many bytes at most."""
         return Row(
             batch_size,
             name,

@@ -157,6 +157,10 @@ class Saver:
     tracker: Tracker
     state: TrainingState
 
+    def __post_init__(self) -> None:
+        self.saved = self.state.restored_from  # the latest checkpoint; none if it could not be written
+        self.has_failed = False  # to write it
+
     def save(self) -> Path | None:
         """Write a checkpoint, without those that are too many now.
 
@@ -181,7 +185,9 @@ class Saver:
                     return None
                 return folder
 
-            return self.world.on_main(write)
+            self.saved = self.world.on_main(write)
+        self.has_failed = self.saved is None
+        return self.saved
 
     def export(self) -> None:
         """Write the final model into the run's folder.

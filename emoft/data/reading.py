@@ -241,6 +241,7 @@ def _as_strings(rows: Dataset, where: str, config: DataConfig, with_label: bool)
     classes = rows.features["label"].names if isinstance(rows.features["label"], ClassLabel) else []
 
     def name_labels(labels: list[Any], places: list[int]) -> dict[str, list[str | None]]:
+        """Return the names of the labels of some rows, whose places in the file are given."""
         bar.advance(len(labels))
         named = []
         for label, place in zip(labels, places, strict=True):

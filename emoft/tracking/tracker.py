@@ -4,52 +4,37 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from emoft.config import TrainConfig
-from emoft.data.batching import target_tokens
-from emoft.data.duplicates import distinct_share
-from emoft.data.label_information import told_by_words
 from emoft.data.steps import Step
-from emoft.data.tokens import cut_share
-from emoft.device import memory_in_use, sums_type
+from emoft.device import memory_in_use
 from emoft.distributed.world import World
 from emoft.errors import warn
 from emoft.evaluate.classification import Classification
 from emoft.evaluate.confusion import confusion_map
 from emoft.evaluate.scoring import Evaluation, perplexity
-from emoft.files import EVENTS_FOLDER, TRAINER_STATE_FILE, fault_file, spike_file, write_json
+from emoft.files import EVENTS_FOLDER, TRAINER_STATE_FILE, write_json
 from emoft.gradients.monitor import Figures
-from emoft.gradients.pictures import depth_chart, heat_map
 from emoft.terminal import TrainingBar, say
-from emoft.tracking.charts import DEPTH_CHARTS, GUIDE_LEVEL, TAGS
+from emoft.tracking.charts import GUIDE_LEVEL, TAGS
+from emoft.tracking.counts import Counts
+from emoft.tracking.depth import draw_depth, note_depth
 from emoft.tracking.events import EventFile
+from emoft.tracking.results import logged_evaluations, results_of, trainer_state
 from emoft.tracking.run_state import SUMS, RunState
-from emoft.tracking.throughput import training_operations
-from emoft.training.nonfinite import Fault
-from emoft.training.spikes import Spike
+from emoft.tracking.setting import setting_of_data, setting_of_model
 
 # Figures that differ from run to run of the same computation stay out of the history, which a resumed run continues.
 SPEED = ("samples_per_second", "tokens_per_second", "share_of_peak", "memory_gib")
-EVALUATED = ("eval_loss", "perplexity", "bits_per_byte")  # figures of an evaluation, by their names in the results
-CLASSIFIED = ("emotion_accuracy", "macro_f1")  # likewise of a classification
-COLUMNS = 512  # measured steps that the heat map keeps
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What a run had counted before a step."""
-
-    run: RunState
-    sums: Tensor  # on the device
 
 
 class Tracker:
@@ -76,13 +61,8 @@ class Tracker:
         self.peak_flops = peak_flops * world.size  # operations per second of all devices at best
         self.device = device
         self.world = world
-        self.output_dir = Path(config.output_dir)
-        # Loss, targets and clipped steps, summed on the device: reading a number from a GPU waits for all that it
-        # still has to do.
-        sums = [run.loss_sum, run.loss_tokens, run.clipped_steps]
-        self._sums = torch.tensor(sums, dtype=sums_type(self.device), device=self.device)
-        folder = self.output_dir / EVENTS_FOLDER
-        self.events = EventFile(folder, config, world.is_main, self.warn)
+        self.counts = Counts(run, shape, config.max_grad_norm, device)
+        self.events = EventFile(Path(config.output_dir) / EVENTS_FOLDER, config, world.is_main, self.warn)
         self._step: Step | None = None  # the latest
         self._clock_started = time.perf_counter()
 
@@ -125,51 +105,16 @@ class Tracker:
                 count for the mean of losses.
             skipped: whether fp16's loss scaling dropped the update.
         """
-        run = self.run
         self._step = step
-        run.step += 1
-        run.skipped_steps += skipped
-        run.samples += len(step.examples)
-        tokens = target_tokens(step.lengths)
-        run.tokens += tokens
-        run.operations += training_operations(self.shape, step.lengths)
-        is_clipped = grad_norm > (self.config.max_grad_norm or math.inf)
-        row = torch.stack([loss * tokens, torch.full_like(loss, tokens), is_clipped]).to(self._sums.dtype)
-        self._sums += torch.where(loss.isfinite() & grad_norm.isfinite(), row, 0)
-        self.bar.advance(run.train_seconds + time.perf_counter() - self._clock_started)
-
-    def remember(self) -> "Moment":
-        """Return what brings the counts back to where they stand now, by `return_to`. Reads nothing from the device."""
-        run = self.run
-        # These grow in place.
-        depth = {
-            "depth_steps": list(run.depth_steps),
-            "depth_norms": list(run.depth_norms),
-            "depth_others": {kind: list(values) for kind, values in run.depth_others.items()},
-        }
-        now = replace(run, recent_losses=list(run.recent_losses), **depth)  # type: ignore[arg-type]  # of two kinds
-        return Moment(now, self._sums.clone())
-
-    def return_to(self, moment: "Moment") -> None:
-        """Forget the steps that were counted since a moment; the seconds that they took stay spent."""
-        seconds = self.run.train_seconds
-        for name, value in vars(moment.run).items():
-            setattr(self.run, name, value)
-        self.run.train_seconds = seconds
-        self._sums.copy_(moment.sums)
-
-    def _read_sums(self) -> None:
-        """Read from the device: a CPU-GPU sync point."""
-        run = self.run
-        run.loss_sum, loss_tokens, clipped_steps = self._sums.tolist()
-        run.loss_tokens, run.clipped_steps = int(loss_tokens), int(clipped_steps)
+        self.counts.add(step, loss, grad_norm, skipped)
+        self.bar.advance(self.run.train_seconds + time.perf_counter() - self._clock_started)
 
     def log_step(self, grad_norm: Tensor, **metrics: float) -> None:
         """Log the steps since the last entry. Reads from the device: a CPU-GPU sync point."""
         run = self.run
         with self.clock_stopped():
             self.events.open(run.step)  # if it could not be written before
-            self._read_sums()
+            self.counts.read()
             loss = (
                 run.since_log("loss_sum") / run.since_log("loss_tokens") if run.since_log("loss_tokens") else math.nan
             )
@@ -222,16 +167,7 @@ class Tracker:
             norms: of `GradientMonitor.weights_at_start`.
             checksums: of the tokens of each split, in hexadecimal digits.
         """
-        setting = {
-            "examples_per_step": examples_per_step,
-            "width": self.shape.n_embd,
-            "positions": self.shape.n_positions,
-            "dropout": max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0),
-        }
-        for split in ("train", "validation"):
-            if split in checksums:
-                setting[f"{split}_checksum"] = int(checksums[split][:6], 16)  # of a curve's point 24 bits are exact
-        self.events.add_scalars({TAGS[name][0]: value for name, value in setting.items()}, self.run.step)
+        self._log_setting(setting_of_model(model, examples_per_step, checksums))
         self.run.layers_at_start = {tag: curve for tag, curve in norms.items() if tag.startswith("weights_at_start/")}
         for tag, curve in norms.items():
             if tag not in self.run.layers_at_start:
@@ -246,14 +182,9 @@ class Tracker:
 
     def log_data(self, train_rows: Dataset) -> None:
         """Show what can be told of the train split without a model: repetitions, and whether its labels fit."""
-        setting: dict[str, float] = {"distinct_texts": distinct_share(train_rows)}
-        if "whole_tokens" in train_rows.column_names:
-            setting["cut_texts"] = cut_share(train_rows, self.config.max_length)
-        if "label" in train_rows.column_names:
-            labels = train_rows["label"][:]
-            setting["emotions"] = len(set(labels))
-            told, largest, asked = told_by_words(train_rows["text"][:], labels)
-            setting |= {"emotion_by_words": told, "largest_emotion": largest, "emotions_asked": asked}
+        self._log_setting(setting_of_data(train_rows, self.config.max_length))
+
+    def _log_setting(self, setting: dict[str, float]) -> None:
         self.events.add_scalars({TAGS[name][0]: value for name, value in setting.items()}, self.run.step)
 
     def log_evaluation(self, evaluation: Evaluation) -> bool:
@@ -294,62 +225,20 @@ class Tracker:
         self.events.add_scalars({**figures.scalars, "update_ratio/guide": GUIDE_LEVEL}, run.step)
         for tag, shape in figures.histograms.items():
             self.events.add_histogram(tag, shape, run.step)
-        if len(run.depth_steps) == COLUMNS:  # a long run: keep every second column
-            run.depth_steps, run.depth_norms = run.depth_steps[1::2], run.depth_norms[1::2]
-            run.depth_others = {kind: values[1::2] for kind, values in run.depth_others.items()}
-        run.depth_steps.append(run.step)
-        run.depth_norms.append(figures.depth)
-        for kind in DEPTH_CHARTS:
-            if kind != "gradient_norm":
-                values = [figures.scalars.get(f"{kind}/h{n:02}", math.nan) for n in range(len(figures.depth))]
-                run.depth_others.setdefault(kind, []).append(values)
+        note_depth(run, figures)
         # Redrawn whenever it has grown by a twentieth: at every step, the pictures would fill the disk.
         if len(run.depth_steps) % max(1, len(run.depth_steps) // 20) == 0:
-            self._draw_depth()
-
-    def _draw_depth(self) -> None:
-        run = self.run
-        for kind, (title, in_logs) in DEPTH_CHARTS.items():
-            curves = run.depth_norms if kind == "gradient_norm" else run.depth_others.get(kind, [])
-            steps = run.depth_steps[len(run.depth_steps) - len(curves) :]  # an older run kept the first kind only
-            if steps:
-                self.events.add_image(f"by_depth/{kind}", depth_chart(title, steps, curves, in_logs), run.step)
-        self.events.add_image("gradient_norm_by_block", heat_map(run.depth_steps, run.depth_norms), run.step)
+            draw_depth(self.run, self.events)
 
     def log_samples(self, texts: dict[str, str]) -> None:
         """Show sample texts, by emotion, in the Text tab."""
         for name, text in texts.items():
             self.events.add_text(f"samples/{name}", text, self.run.step)
 
-    def log_fault(self, fault: Fault, lines: list[str], details: dict[str, Any]) -> None:
-        """Tell of a step that was not finite: on the terminal, in the Text tab, and in nonfinite-STEP.json."""
-        run = self.run
-        run.nonfinite_steps += 1
-        run.nonfinite_in_row = run.nonfinite_in_row + 1 if fault.step == run.last_nonfinite_step + 1 else 1
-        run.last_nonfinite_step = fault.step
-        if self.world.is_main:
-            try:
-                write_json(self.output_dir / fault_file(fault.step), {**asdict(fault), **details})
-            except OSError as error:
-                self.warn(f"{fault_file(fault.step)} cannot be written ({error.strerror})")
-        say("\n".join(lines))
-        self.events.add_text("faults/nonfinite", "\n".join(lines), fault.step)
-        self.events.add_scalars({"train/nonfinite_steps": run.nonfinite_steps}, fault.step)
-
-    def log_spike(self, spike: Spike, line: str, details: dict[str, Any]) -> None:
-        """Tell of a step whose loss stood out: above the bar, in the Text tab, and in spike-STEP.json."""
-        if self.world.is_main:
-            try:
-                write_json(self.output_dir / spike_file(spike.step), {**asdict(spike), **details})
-            except OSError as error:
-                self.warn(f"{spike_file(spike.step)} cannot be written ({error.strerror})")
-        self.warn(line)
-        self.events.add_text("faults/spikes", line, spike.step)
-
     def log_results(self, results: dict[str, Any]) -> None:
         """Show the final figures: in the HParams table beside the run's configuration."""
         if self.run.depth_steps:
-            self._draw_depth()
+            draw_depth(self.run, self.events)
         self.events.add_results(results, self.run.step)
 
     def _log(self, metrics: dict[str, Any]) -> None:
@@ -361,79 +250,23 @@ class Tracker:
 
     def state_for_checkpoint(self) -> dict[str, Any]:
         """Return the run's state as plain numbers, lists and dicts. Reads from the device: a CPU-GPU sync point."""
-        self._read_sums()
+        self.counts.read()
         return asdict(self.run)
 
     def write_state(self, folder: Path) -> None:
         """Write trainer_state.json, in the format of `transformers.TrainerState`."""
-        config, run = self.config, self.run
-        best = math.isfinite(run.best_loss)
-        write_json(
-            folder / TRAINER_STATE_FILE,
-            {
-                "best_metric": run.best_loss if best else None,
-                "best_global_step": run.best_step if best else None,
-                "best_model_checkpoint": str(self.output_dir / f"checkpoint-{run.best_step}") if best else None,
-                "epoch": run.step / self.steps_per_epoch,
-                "global_step": run.step,
-                "max_steps": self.total_steps,
-                "num_train_epochs": math.ceil(self.total_steps / self.steps_per_epoch),
-                "train_batch_size": config.per_device_train_batch_size,
-                "logging_steps": config.logging_steps,
-                "eval_steps": config.eval_steps or self.steps_per_epoch,
-                "save_steps": config.save_steps,
-                "log_history": run.log_history,
-            },
-        )
+        state = trainer_state(self.run, self.config, self.total_steps, self.steps_per_epoch)
+        write_json(folder / TRAINER_STATE_FILE, state)
 
     def has_evaluated(self, step: int) -> bool:
         """Whether the log holds an evaluation of the model of a step, on the validation data of now."""
-        return step in self._evaluations("eval_loss")
-
-    def _evaluations(self, name: str) -> dict[int, dict[str, Any]]:
-        """Return the latest log entry with a figure, of each step, on the validation data of now."""
-        since = self.run.other_validation_until
-        return {entry["step"]: entry for entry in self.run.log_history if name in entry and entry["step"] > since}
+        return step in logged_evaluations(self.run, "eval_loss")
 
     def results(self, exported_step: int) -> dict[str, Any]:
-        """Return the figures of the whole run, by the Trainer's names. Seconds are those of training alone.
+        """Return the figures of the whole run; see `results_of`. Reads from the device: a CPU-GPU sync point.
 
         Args:
             exported_step: of the model that the figures of evaluations are to be of.
         """
-        run = self.run
-        seconds = max(1e-9, run.train_seconds)
-        self._read_sums()
-        figures: dict[str, Any] = {
-            "epoch": run.step / self.steps_per_epoch,
-            "train_loss": run.loss_sum / max(1, run.loss_tokens),
-            "train_runtime": run.train_seconds,
-            "train_samples_per_second": run.samples / seconds,
-            "train_steps_per_second": run.step / seconds,
-            "train_tokens_per_second": run.tokens / seconds,
-            "train_share_of_peak": run.operations / seconds / self.peak_flops,
-        }
-        evaluations, classifications = self._evaluations("eval_loss"), self._evaluations("eval_emotion_accuracy")
-        if after := evaluations.get(exported_step) if exported_step else None:
-            figures |= _before_and_after(EVALUATED, evaluations.get(0), after)
-            if "eval_overlap" in after:
-                figures["eval_overlap"] = after["eval_overlap"]
-        if max(classifications, default=0) > 0:
-            after = classifications[max(classifications)]
-            figures |= _before_and_after(CLASSIFIED, classifications.get(0), after)
-            figures["classified"] = after["eval_classified"]
-            if unknown := after.get("eval_unknown_emotions"):
-                figures["unknown_emotions"] = unknown  # of them, and counted as wrong
-        return figures
-
-
-def _before_and_after(names: tuple[str, ...], before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, Any]:
-    """Return figures by their names in the results, of two entries of the log."""
-    figures = {}
-    for name in names:
-        logged = f"eval_{name.removeprefix('eval_')}"
-        if before:
-            figures[f"{name}_before"] = before[logged]
-            figures[f"{name}_before_interval"] = before[f"{logged}_interval"]
-        figures |= {each.replace(logged, name): value for each, value in after.items() if each.startswith(logged)}
-    return figures
+        self.counts.read()
+        return results_of(self.run, self.steps_per_epoch, self.peak_flops, exported_step)

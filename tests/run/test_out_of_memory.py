@@ -19,13 +19,13 @@ from emoft.hints import smaller_micro_batches
 LIMITED = """
 import resource, runpy, sys
 sys.path.insert(0, {root!r})
-import emoft.run
-begin = emoft.run.NonFiniteGuard.begin_step
+from emoft.training.nonfinite import NonFiniteGuard
+begin = NonFiniteGuard.begin_step
 def begin_step(self, step):
     pages = int(open("/proc/self/statm").read().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (64 << 20), -1))
     begin(self, step)
-emoft.run.NonFiniteGuard.begin_step = begin_step
+NonFiniteGuard.begin_step = begin_step
 sys.argv[0] = {root!r} + "/train.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -35,12 +35,13 @@ PLANTED = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
 where, number, most = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
-import torch, emoft.run
+import torch
+from emoft.training.nonfinite import NonFiniteGuard
 largest = [0]
 def fail(*ignored):
     if largest[0] <= most or os.environ.get("RANK", "1") != "1": return
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of ...")
-begin = emoft.run.NonFiniteGuard.begin_step
+begin = NonFiniteGuard.begin_step
 def begin_step(self, step):
     begin(self, step)
     is_first = step.number == number and not largest[0]
@@ -55,7 +56,7 @@ def begin_step(self, step):
         self.optimizer.register_step_pre_hook(fail)
     if where == "behind the update":
         self.optimizer.register_step_post_hook(fail)
-emoft.run.NonFiniteGuard.begin_step = begin_step
+NonFiniteGuard.begin_step = begin_step
 sys.argv[0] = {root!r} + "/train.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

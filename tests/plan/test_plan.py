@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Result
+from conftest import ROOT, Result
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from emoft.plan import Activations
+from emoft.plan.activations import Activations
 
 
 @pytest.fixture
@@ -86,18 +86,17 @@ def test_activations_are_those_that_the_backward_pass_needs() -> None:
 
 def with_patch(tmp_path: Path, line: str) -> Path:
     """train.py with a line before it that changes what it sees of the machine."""
-    script, root = tmp_path / "patched.py", Path(__file__).parent.parent
+    script = tmp_path / "patched.py"
     script.write_text(
-        f"import runpy, sys\nsys.path.insert(0, {str(root)!r})\n{line}\n"
-        f"sys.argv[0] = {str(root / 'train.py')!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{line}\n"
+        f"sys.argv[0] = {str(ROOT / 'train.py')!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     return script
 
 
 def test_a_disk_without_room_is_told(run: Callable[..., Result], tmp_path: Path, flags: list[str]) -> None:
-    result = run(
-        with_patch(tmp_path, "import emoft.plan; emoft.plan._free_disk = lambda folder: 1000"), *flags, "--plan"
-    )
+    script = with_patch(tmp_path, "import emoft.plan.disk; emoft.plan.disk.free_disk = lambda folder: 1000")
+    result = run(script, *flags, "--plan")
     assert result.code == 0, result.err
     assert "The disk has too little room" in result.out and "This fits" not in result.out
 
