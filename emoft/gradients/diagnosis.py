@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emoft.config import GradientsConfig
-from emoft.gradients import data_checks, loss_checks, model_checks, step_checks
+from emoft.gradients import data_checks, loss_checks, model_checks, rate_checks, step_checks
 from emoft.gradients.causes import by_cause
 from emoft.gradients.finding import Finding
 from emoft.gradients.record import CannotCheckError, Record, read_record
@@ -30,11 +30,11 @@ CHECKS: dict[str, Callable[[Record], list[Finding]]] = {
     "the units of every MLP are alive": model_checks.check_saturation,
     "attention looks at more than single tokens": model_checks.check_attention,
     "no single number holds a whole activation": model_checks.check_kurtosis,
-    "the learning rate is what the flags say": step_checks.check_schedule,
-    "updates change as slowly as the schedule": step_checks.check_update_jumps,
-    "the first steps are not too large": step_checks.check_warmup,
-    "the learning rate is not too high": step_checks.check_rate_too_high,
-    "the learning rate is not too low": step_checks.check_rate_too_low,
+    "the learning rate is what the flags say": rate_checks.check_schedule,
+    "updates change as slowly as the schedule": rate_checks.check_update_jumps,
+    "the first steps are not too large": rate_checks.check_warmup,
+    "the learning rate is not too high": rate_checks.check_rate_too_high,
+    "the learning rate is not too low": rate_checks.check_rate_too_low,
     "something of the pretrained model is left": step_checks.check_distance,
     "the texts of a step do not all say the same": step_checks.check_batch,
     "weight decay leaves the weights": step_checks.check_decay,

@@ -1,4 +1,4 @@
-"""Steps of a run that are not finite: told, with all that was counted since, and the run ended or gone on."""
+"""Steps of a run that are not finite: told, and taken back with all that was counted after them."""
 
 from dataclasses import asdict
 from typing import Any
