@@ -113,7 +113,7 @@ def train(
     with_rivals = label_contrast.with_rivals
     loader = StepLoader(train_data, step_size, config, world, tokenizer.eos_token_id, device, with_rivals)
 
-    transformer = prepare(model, config, world, device)
+    transformer = prepare(model, config, world, precision)
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, loader.total_steps)
     training_state = TrainingState(config, runtime, optimizer, schedule, step_size, splits)

@@ -69,11 +69,14 @@ def read_flags(config_class: type[Config], check: Callable[[Config], object] = l
 
 
 def check_training(config: TrainConfig) -> None:
-    """See what can be told at once of a training: its files and folders.
+    """See what can be told at once of a training: its files and folders, and flags that exclude each other.
 
     Raises:
-        UserError: one is missing, or the output folder holds another run.
+        UserError: one is missing, or the output folder holds another run, or two flags do not go together.
     """
+    if config.torch_compile and config.parallel == "fsdp":
+        # Its hooks, which gather weights, stand inside a block, and would cut the compiled code into pieces.
+        raise UserError("--torch_compile does not go with --parallel fsdp: drop one of them")
     check_inputs(config)
     if config.push_to_hub:
         check_repository("--push_to_hub", config.push_to_hub)

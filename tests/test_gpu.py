@@ -28,7 +28,7 @@ from emoft.data.steps import Step
 from emoft.distributed.world import World
 from emoft.errors import UserError
 from emoft.model.attention import use_packed_attention
-from emoft.model.kernels import compiled, use_fast_kernels
+from emoft.model.kernels import compile_blocks, use_fast_kernels
 from emoft.run.run import Run
 from emoft.training.loss import cross_entropy, shift_labels
 from emoft.training.precision import Precision
@@ -180,13 +180,13 @@ class StoppedAt(Watched):
 @needs_device
 def test_it_compiles_once() -> None:
     model, precision = make_model(dropout=0.1), Precision("bf16", DEVICE)
-    transformer = compiled(model.transformer)
+    compile_blocks(model.transformer)
     multiple = devices.token_multiple(DEVICE)
     for seed in range(12):
         batch = pack(texts(seed=seed), 50256, multiple).to(DEVICE)
         stance = "fail_on_recompile" if seed > 3 else "default"
         with torch.compiler.set_stance(stance), precision.autocast():
-            transformer(**batch.inputs, use_cache=False).last_hidden_state.float().sum().backward()
+            model.transformer(**batch.inputs, use_cache=False).last_hidden_state.float().sum().backward()
 
 
 @needs_device

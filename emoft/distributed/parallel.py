@@ -34,20 +34,30 @@ def check_parallel(parallel: str, world: World, model: GPT2LMHeadModel) -> None:
         raise UserError("several processes need a model whose head is its embedding, as GPT-2's is: train this on one")
 
 
-def shard(model: GPT2LMHeadModel, world: World, device: torch.device) -> None:
+def shard(model: GPT2LMHeadModel, world: World, device: torch.device, dtype: torch.dtype) -> None:
     """Spread a model's weights, and with them gradients and AdamW's moments, over all ranks, block by block (FSDP2).
 
-    A block's weights are gathered when its turn comes and given up after it; embeddings and the last LayerNorm are kept
-    from forward to backward, because the head, which is the embedding, needs them between.
+    A block's attention and MLP are gathered when its turn comes and given up after it; embeddings and LayerNorms are
+    kept from forward to backward, because the head, which is the embedding, needs them between.
+
+    Args:
+        model: on any device.
+        world: all ranks.
+        device: of this rank.
+        dtype: of matrix products. Attention and MLP, which autocast would convert to it on each rank, are gathered in
+            it: half the bytes in half precision, and the same bits. What autocast leaves in float32 is gathered in
+            float32, and all gradients are summed in it; the weights that AdamW updates are float32 in any case.
     """
     # Imported here, as what only several processes use: it takes a second.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing writes into it
     mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
+        matrices: list[Any] = [block.attn, block.mlp]
+        fully_shard(matrices, mesh=mesh, mp_policy=policy)
     fully_shard(model.transformer, mesh=mesh, reshard_after_forward=False)
     model.lm_head = TiedHead(model.transformer.wte)
 

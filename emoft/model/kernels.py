@@ -73,10 +73,14 @@ def _masked(values: Tensor, kept: Tensor, scale: float) -> Tensor:
     return kept.to(values.dtype).mul_(scale).mul_(values)
 
 
-def compiled(transformer: nn.Module) -> nn.Module:
-    """Return a compiled form of a model's transformer, over the same weights; made when it is first called.
+def compile_blocks(transformer: nn.Module) -> None:
+    """Let the blocks of a transformer run compiled code in training; it is made when they are first called.
 
+    Block by block, because all of them are the same code: it is compiled once, instead of as often as there are blocks.
+    And between two blocks the backward pass comes back to Python's side of autograd, so that DDP, which is wrapped
+    around the transformer afterwards, can exchange the gradients of the later ones while it computes the earlier ones.
     The number of tokens differs from batch to batch: it is a variable of the compiled code, which is made only once.
+    Evaluation and samples, which call the blocks in other ways, run as they are.
 
     Raises:
         UserError: this machine cannot compile.
@@ -89,7 +93,18 @@ def compiled(transformer: nn.Module) -> nn.Module:
             f"--torch_compile: nothing can be compiled here ({reason}): install a C++ compiler (on Debian and Ubuntu"
             " g++ and python3-dev), or drop the flag"
         ) from None
-    return torch.compile(transformer, dynamic=True)  # type: ignore[return-value]  # a module around the module
+    for block in transformer.h:  # type: ignore[union-attr]  # a fault of the library's types
+        _compile_in_training(block)
+
+
+def _compile_in_training(block: nn.Module) -> None:
+    # The function, not the module: what stands around it, such as checkpointed activations and hooks, stays outside.
+    plain, fast = block.forward, torch.compile(block.forward, dynamic=True)
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        return (fast if block.training else plain)(*arguments, **named)
+
+    block.forward = forward
 
 
 def keep_freed_memory(device: torch.device) -> None:

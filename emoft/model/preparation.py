@@ -1,6 +1,5 @@
 """A model made ready to be trained: on its device, with the faster modules, compiled or spread over devices."""
 
-import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
@@ -8,23 +7,25 @@ from emoft.config import TrainConfig
 from emoft.distributed.parallel import check_parallel, replicate, shard
 from emoft.distributed.world import World
 from emoft.model.attention import use_packed_attention
-from emoft.model.kernels import compiled, keep_freed_memory, use_fast_kernels
+from emoft.model.kernels import compile_blocks, keep_freed_memory, use_fast_kernels
+from emoft.training.precision import Precision
 
 
-def prepare(model: GPT2LMHeadModel, config: TrainConfig, world: World, device: torch.device) -> nn.Module:
+def prepare(model: GPT2LMHeadModel, config: TrainConfig, world: World, precision: Precision) -> nn.Module:
     """Prepare a model in place, in training mode.
 
     Returns:
-        Its transformer, as the training calls it: (B, T) token ids -> (B, T, C) hidden states. Compiled or replicated,
-        it is another object around the same weights; checkpoints, evaluation and samples use the plain model.
+        Its transformer, as the training calls it: (B, T) token ids -> (B, T, C) hidden states. Replicated, it is
+        another object around the same weights; checkpoints, evaluation and samples use the plain model.
 
     Raises:
         UserError: the flags ask for what this model, this machine or this number of processes cannot do.
     """
+    device = precision.device
     keep_freed_memory(device)
     check_parallel(config.parallel, world, model)
     if config.parallel == "fsdp":
-        shard(model, world, device)
+        shard(model, world, device, precision.dtype)
     model.to(device)  # type: ignore[arg-type]  # a fault of the library's types
     model.train()
     use_packed_attention(model)
@@ -32,7 +33,8 @@ def prepare(model: GPT2LMHeadModel, config: TrainConfig, world: World, device: t
     if config.gradient_checkpointing:
         # transformers 5.17 knows the second name only, which later versions deprecate.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    transformer = compiled(model.transformer) if config.torch_compile else model.transformer
+    if config.torch_compile:
+        compile_blocks(model.transformer)
     if config.parallel == "ddp" and world.size > 1:
-        transformer = replicate(transformer, device)
-    return transformer
+        return replicate(model.transformer, device)
+    return model.transformer

@@ -151,6 +151,51 @@ def test_several_ranks_follow_one(
         assert ours[tag] == pytest.approx(theirs[tag], rel=1e-4, abs=1e-7), tag
 
 
+def test_in_half_precision_weights_are_gathered_in_it_and_nothing_else_changes(
+    run: Run, still_model, train_file, validation_file, tmp_path
+) -> None:
+    """FSDP gathers what autocast would convert anyway; losses, samples and weights are those of DDP."""
+    (tmp_path / "planted.py").write_text(f"""
+import json, os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from torch.nn.modules.module import register_module_forward_hook
+types = set()
+def look(module, inputs, output):
+    if module.training and hasattr(module, "weight"):
+        types.add((type(module).__name__, str(module.weight.dtype)))
+register_module_forward_hook(look)
+import atexit
+atexit.register(lambda: json.dump(sorted(types), open("types-" + os.environ["RANK"] + ".json", "w")))
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+    for parallel in ("ddp", "fsdp"):
+        words = words_of(
+            still_model,
+            train_file,
+            parallel,
+            validation_file=validation_file,
+            parallel=parallel,
+            mixed_precision="bf16",
+            per_device_train_batch_size=4,
+            num_train_epochs=1,
+        )
+        result = run("train.py" if parallel == "ddp" else str(tmp_path / "planted.py"), *words, ranks=2)
+        assert result.codes == (0, 0), result.err
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"types-{rank}.json").read_text()) == [
+            ["Conv1D", "torch.bfloat16"],
+            ["Embedding", "torch.float32"],
+            ["LayerNorm", "torch.float32"],
+        ]
+    assert_same(tmp_path / "fsdp", tmp_path / "ddp")
+
+
+def test_sharded_blocks_are_not_compiled(run: Run, tiny_model, train_file) -> None:
+    result = run("train.py", *flags(tiny_model, train_file, parallel="fsdp"), "--torch_compile", ranks=2)
+    assert result.codes == (2, 2)
+    assert result.error_lines == ["train.py: error: --torch_compile does not go with --parallel fsdp: drop one of them"]
+
+
 def test_a_checkpoint_resumes_on_any_number_of_ranks(
     run: Run, single, still_model, train_file, validation_file, tmp_path
 ) -> None:
@@ -270,6 +315,34 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
         result = scripts.finish()
         assert result.codes[0] == 1
         assert "no sign of life" in "".join(result.error_lines)
+
+    def test_a_rank_that_lives_but_does_not_come_is_waited_for_by_the_step(
+        self, run: Run, tiny_model, train_file, tmp_path
+    ) -> None:
+        """Longer in the first step, which the second rank enters late; it never leaves its second one."""
+        (tmp_path / "late.py").write_text(f"""
+import os, runpy, sys, time
+from datetime import timedelta
+sys.path.insert(0, {str(ROOT)!r})
+import emoft.distributed.world
+from emoft.run import Run
+emoft.distributed.world.LATER_STEPS = timedelta(seconds=4)
+steps = Run.steps
+def late(run):
+    for step in steps(run):
+        if os.environ["RANK"] == "1":
+            time.sleep(8 if step.number == 1 else 600 if step.number == 3 else 0)
+        yield step
+Run.steps = late
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+        words = flags(tiny_model, train_file, max_steps=1000, logging_steps=1, save_steps=2)
+        started = time.monotonic()
+        result = run(str(tmp_path / "late.py"), *words, ranks=2)
+        assert result.codes == (1, 1)
+        assert "Timed out waiting 4000ms" in result.err
+        assert time.monotonic() - started < 60
+        assert (tmp_path / "run/checkpoint-2").is_dir(), "it was waited for in the first step"
 
     def test_flags_and_data_that_are_wrong_are_one_line(self, run: Run, tiny_model, train_file, tmp_path) -> None:
         wrong = run("train.py", *flags(tiny_model, train_file, learning_rate=-1), ranks=2)

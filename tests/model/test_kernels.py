@@ -1,10 +1,16 @@
+import functools
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
-from emoft.model.kernels import Dropout, dropout, use_fast_kernels
+from emoft.data.batching import pack
+from emoft.model.attention import use_packed_attention
+from emoft.model.kernels import Dropout, compile_blocks, dropout, use_fast_kernels
 
 
 def test_gelu_is_the_same_function() -> None:
@@ -62,3 +68,43 @@ def test_dropout_off() -> None:
     module = Dropout(0.5).eval()
     values = torch.ones(10)
     assert module(values) is values
+
+
+def nodes_behind(loss: torch.Tensor) -> list[Any]:
+    """All nodes of the backward pass."""
+    found, new = [], [loss.grad_fn]
+    while new:
+        node = new.pop()
+        if node is not None and node not in found:
+            found.append(node)
+            new += [each for each, _ in node.next_functions]
+    return found
+
+
+def test_blocks_are_compiled_once_for_all_and_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own tracing, without the C++ compiler behind it, which tests/test_train.py runs."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=1, vocab_size=10, eos_token_id=0, bos_token_id=0))
+    model.train()
+    use_packed_attention(model)
+    use_fast_kernels(model)
+    compile_blocks(model.transformer)
+    trial = len(counter.graphs)  # whether anything can be compiled
+
+    def compiled() -> int:
+        return sum(len(each.graph.nodes) > 0 for each in counter.graphs[trial:])
+
+    for length in (5, 7, 9):
+        batch = pack([{"input_ids": [1] * length}, {"input_ids": [2] * (length + 3)}], pad_id=0)
+        loss = model.transformer(**batch.inputs, use_cache=False).last_hidden_state.sum()
+        nodes = [type(node).__name__ for node in nodes_behind(loss)]
+        # Each block is a node of its own: DDP hears of its gradients before the earlier blocks are computed.
+        assert nodes.count("CompiledFunctionBackward") == 3
+        loss.backward()
+    assert compiled() == 1, "all blocks are the same code, for any length"
+    model.eval()
+    model.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2, do_sample=False)
+    assert compiled() == 1, "evaluation and samples run as they are"
