@@ -1,8 +1,6 @@
 """A sign of life that all ranks of a run exchange every second, so that none waits for one that is gone."""
 
 import os
-import signal
-import socket
 import sys
 import threading
 import time
@@ -13,7 +11,6 @@ import torch.distributed as dist
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 30.0  # without a sign of life, after which a host or its link counts as lost
-CONNECT_SECONDS = 5.0  # to find out whether this host is the one that is cut off
 GRACE_SECONDS = 3.0  # in which the rank that failed can say why, before torchrun hears of the others' end
 
 
@@ -21,7 +18,8 @@ class Heartbeat:
     """A thread that exchanges signs of life, and ends this process if another rank is gone.
 
     The main thread may sit in a collective that never ends, out of Python's reach: so the process is ended at once,
-    without cleaning up. Files are safe: they are written whole or not at all.
+    without cleaning up. Files are safe: they are written whole or not at all. torchrun, which hears of that, is left to
+    its own time-outs.
     """
 
     def __init__(self, is_speaker: bool) -> None:
@@ -60,7 +58,6 @@ class Heartbeat:
             text = f"no sign of life from another rank for {waited:.0f} seconds: is its host up, and the link to it?"
             # Below the bar, and not to the stream that is silenced.
             print(f"\n{os.path.basename(sys.argv[0])}: error: {text}", file=sys.__stderr__, flush=True)
-            _end_torchrun_if_cut_off()
         time.sleep(GRACE_SECONDS)
         os._exit(1)
 
@@ -77,18 +74,3 @@ class Heartbeat:
         """Wait until all ranks are done."""
         self._leaving = True
         self._thread.join()
-
-
-def _end_torchrun_if_cut_off() -> None:
-    """End the torchrun of this host if it cannot reach the one where all meet: it would wait for that for ever."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    try:
-        meeting_place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        socket.create_connection(meeting_place, timeout=CONNECT_SECONDS).close()
-    except OSError:
-        torchrun = os.getppid()
-        os.kill(torchrun, signal.SIGTERM)
-        time.sleep(GRACE_SECONDS)
-        if os.getppid() == torchrun:  # it sits in a wait that no signal reaches
-            os.kill(torchrun, signal.SIGKILL)

@@ -85,13 +85,12 @@ import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 import emoft.distributed.heartbeat
 emoft.distributed.heartbeat.SILENCE_SECONDS = 6
-emoft.distributed.heartbeat.CONNECT_SECONDS = 1
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """)
-    with hosts.two_hosts() as both:
+    with hosts.two_hosts(retries=5) as both:  # which take 13 s
         seconds = hosts.run_on_both(
             both, folder, hosts.words_of("cut", 4), script=str(hasty), cut_after="cut/checkpoint-100"
         )
-        assert max(seconds) < 30, hosts.logs(both, folder)
+        assert max(seconds) < 40, hosts.logs(both, folder)
         assert hosts.logs(both, folder).count("no sign of life") == 2, "one line a host"
     finish_and_compare(scripts, folder, "cut")
