@@ -19,16 +19,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, but not listed
+from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]  # public, but not listed
 from torch.distributed.rendezvous import rendezvous
 
 from emoft.device import backend
 from emoft.distributed.heartbeat import Heartbeat
 from emoft.errors import UserError
 
-# Of a collective. No rank waits so long for one that has died: the heartbeat ends it. But one that saves a large model
-# or compiles for minutes is waited for.
-PATIENCE = timedelta(days=1)
+# How long a rank waits in a collective. For one that has died it never waits so long: the heartbeat ends it. These are
+# for ranks that live but do not come, since they call other collectives, or hang in a device.
+FIRST_STEP = timedelta(minutes=30)  # before it is done: kernels are loaded, and compiled
+LATER_STEPS = timedelta(minutes=10)
+PATIENCE = timedelta(days=1)  # of the CPUs, for what one rank does alone, such as to save or upload a large model
 MEETING_SECONDS = 300.0  # in which all ranks must have come together: imports may be slow on some hosts
 BEGUN = "emoft/begun"  # a key of torchrun's store
 CPU = torch.device("cpu")
@@ -45,6 +47,7 @@ class World:
     launched: bool = False  # by torchrun
     hosts: int = 1  # on which torchrun was started
     store: Store | None = None  # torchrun's, once connected; it outlives the processes that torchrun starts anew
+    cpus: ProcessGroup | None = None  # by which the ranks talk without their devices, once connected
 
     @staticmethod
     def of_environment() -> "World":
@@ -96,26 +99,31 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def first_step_is_done(self) -> None:
+        """Wait less long from now on: what is done once has been done."""
+        if dist.is_initialized() and dist.group.WORLD:
+            dist.group.WORLD.set_timeout(LATER_STEPS)
+
     def highest(self, number: int) -> int:
         """Return the highest of all ranks' numbers. By the CPU, so that no GPU is waited for."""
         if self.size == 1:
             return number
         numbers = torch.tensor(number)
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.cpus)
         return int(numbers)
 
     def gather(self, value: Value) -> list[Value]:
         """Return the values of all ranks, in their order, on all of them."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.cpus)
         return values
 
     def on_main(self, function: Callable[[], Value]) -> Value:
         """Call a function on rank 0 only, and return its result on all ranks, which wait for it."""
         results: list[Any] = [function() if self.is_main else None]
         if self.size > 1:
-            dist.broadcast_object_list(results, src=0, device=CPU)
+            dist.broadcast_object_list(results, src=0, device=CPU, group=self.cpus)
         return results[0]
 
     @contextlib.contextmanager
@@ -165,7 +173,10 @@ class World:
             with self._meeting():
                 launch_store = next(rendezvous("env://"))[0]
                 store = _meeting_place(launch_store, self.rank, self.size)
-                dist.init_process_group(backend(), store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
+                dist.init_process_group(
+                    backend(), store=store, rank=self.rank, world_size=self.size, timeout=FIRST_STEP
+                )
+                cpus = dist.new_group(backend="gloo", timeout=PATIENCE)
                 heartbeat = Heartbeat(is_speaker=self.local_rank == 0)
         except RuntimeError as error:
             _leave_without_finalizing(2)
@@ -175,7 +186,7 @@ class World:
                 " and whether the link to them is up"
             ) from None
         try:
-            yield replace(self, store=launch_store)
+            yield replace(self, store=launch_store, cpus=cpus)
         except UserError:
             if not self.is_main:
                 if heartbeat.has_lost_a_rank():

@@ -59,6 +59,7 @@ class Run:
         self.memory = OutOfMemory(setup, self.tracker, self.saver, self.faults, self.spikes)
         self.is_done = self.state.step >= self.loader.total_steps  # a resumed run may have only its end to write
         self.has_stopped_early = False
+        self._first_step = self.state.step + 1  # of this process
         self._refused: tuple[Tensor, Tensor] | None = None  # loss and gradient norm of a step that was not applied
         self._leaves_out = False  # the step, since its loss stands out
         self._opened = contextlib.ExitStack()  # the bar, the event file, and what a signal does
@@ -202,6 +203,8 @@ class Run:
         tracker, number = self.tracker, step.number
         scaler = self.runtime.precision.scaler
         self.memory.end_step()
+        if number == self._first_step:
+            self.runtime.world.first_step_is_done()
         tracker.count_step(step, loss, grad_norm, skipped=scaler.get_scale() < step.loss_scale)
         self.spikes.tell(applied=not self._leaves_out)
         if self.timetable.logs(number):
