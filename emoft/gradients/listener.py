@@ -33,9 +33,9 @@ class Listener:
         # not told apart where others stand beside them that are to be told from them.
         self.squares: list[Tensor] = [] if any(batch.rivals for batch in batches) else [torch.zeros(0)] * len(batches)
         owners = [batch.owners() for batch in batches]
-        self._is_token = (owners[0] >= 0).to(model.device)
-        # Of each text of each micro-batch, its places in the flattened rows: found here, on the CPU, since a GPU would
-        # be waited for at each layer.
+        # Places in the flattened rows: of all tokens of the first micro-batch, and of each text of each. Found here, on
+        # the CPU, since a GPU would be waited for at each layer.
+        self._tokens = (owners[0].flatten() >= 0).nonzero().flatten().to(model.device)
         self._places = [
             [(each.flatten() == text).nonzero().flatten().to(model.device) for text in range(batch.examples)]
             for each, batch in zip(owners, batches, strict=True)
@@ -69,7 +69,7 @@ class Listener:
             hidden = output[0] if isinstance(output, tuple) else output
             if not self._is_first(f"activation_norm/{name}") or not hidden.requires_grad:
                 return
-            tokens = hidden.detach()[self._is_token].float()  # (N, C)
+            tokens = hidden.detach().flatten(0, 1)[self._tokens].float()  # (N, C)
             squares = tokens.square()
             self.sums[f"activation_norm/{name}"] = _sum_of(squares.sum(dtype=sums_type(tokens.device)), len(tokens))
             fourth_powers = squares.square().sum(dtype=sums_type(tokens.device))
@@ -77,7 +77,7 @@ class Listener:
             hidden.register_hook(look_at_gradient)
 
         def look_at_gradient(gradient: Tensor) -> None:
-            norm = gradient[self._is_token].float().norm().to(sums_type(gradient.device)) / self.loss_scale
+            norm = gradient.flatten(0, 1)[self._tokens].float().norm().to(sums_type(gradient.device)) / self.loss_scale
             self.sums.setdefault(f"activation_gradient/{name}", _sum_of(norm**2, 1))
 
         return look
@@ -85,7 +85,7 @@ class Listener:
     def _saturation_hook(self, name: str) -> Any:
         def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
             if self._is_first(f"activation_saturation/{name}"):
-                saturated = inputs[0].detach()[self._is_token] < SATURATED
+                saturated = inputs[0].detach().flatten(0, 1)[self._tokens] < SATURATED
                 self.sums[f"activation_saturation/{name}"] = _sum_of(saturated.sum(), saturated.numel())
 
         return look

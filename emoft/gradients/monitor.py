@@ -26,7 +26,7 @@ IN_BLOCK = re.compile(r"transformer\.h\.(\d+)\.(ln|[a-z]+\.[a-z_]+)")
 BINS = 64  # of a histogram
 SAMPLED = 4096  # weights of a block, by which its distance from the start is estimated
 MATRICES = re.compile(r"\.c_(attn|proj|fc)\.weight$")
-COUNTED_AT_ONCE = 1 << 18  # values of a histogram: what stays in a processor's cache
+COUNTED_AT_ONCE = 1 << 18  # values of a histogram on a CPU: what stays in its cache; elsewhere 64 times as many
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Histogram:
     total: float  # sum of the values
     squares: float  # sum of their squares
     not_finite: int  # values left out
+
+    @staticmethod
+    def read(numbers: list[float]) -> "Histogram":
+        """Return what the function `histogram` found, once it has been read from the device."""
+        low, high, total, squares, *counts, not_finite = numbers
+        return Histogram(low, high, [int(count) for count in counts], total, squares, int(not_finite))
 
     @property
     def limits(self) -> list[float]:
@@ -150,7 +156,10 @@ class GradientMonitor:
         # What each gradient of this rank is multiplied by until the gradients are unscaled and averaged over the ranks.
         self._loss_scale = step.loss_scale * self.world.size
         batches = step.micro_batches
-        self._read_later: dict[str, Tensor] = {}  # numbers that are still on the device
+        # What is still on the device. All of it is read at once after the update: a GPU is waited for then, not at each
+        # of some hundred figures.
+        self._read_later: dict[str, Tensor] = {}
+        self._histograms: dict[str, Tensor] = {}
         seen = self.world.gather({i for batch in batches for i in batch.inputs["input_ids"].flatten().tolist()})
         self._touched = torch.tensor(sorted(set().union(*seen)), device=device)
         self._listener = Listener(self.model, self.blocks, batches, self._loss_scale)
@@ -186,9 +195,9 @@ class GradientMonitor:
             self._read_later["gradient_norm/wte.others"] = rows.sum().sqrt()
         for name in [*self.blocks, "wte"]:
             parameters = self._parameters_of(name)
-            self.figures.histograms[f"weights/{name}"] = histogram([whole(p) for p in parameters])
+            self._histograms[f"weights/{name}"] = histogram([whole(p) for p in parameters])
             if gradients := _gradients(parameters):
-                self.figures.histograms[f"gradients/{name}"] = histogram(gradients)
+                self._histograms[f"gradients/{name}"] = histogram(gradients)
         self._weights = {p: p.detach().clone() for parameters in self.groups.values() for p in parameters}
 
     def _parameters_of(self, name: str) -> list[nn.Parameter]:
@@ -200,11 +209,11 @@ class GradientMonitor:
         signal, noise = [], []
         for parameter in parameters:
             state = self.optimizer.state.get(parameter)
-            if parameter.grad is None or not state or not state["step"]:
+            if parameter.grad is None or not state:
                 return None
             beta = self.optimizer.param_groups[0]["betas"][0]
             # Unbiased: Kingma and Ba, 2015, algorithm 1. It is one of clipped gradients.
-            mean = whole(state["exp_avg"]) / (1 - beta ** float(state["step"]))
+            mean = whole(state["exp_avg"]) / (1 - beta ** state["step"])
             gradient = whole(parameter.grad) if clip is None else whole(parameter.grad) / clip
             signal.append(mean.norm())
             noise.append((gradient - mean).norm())
@@ -217,20 +226,19 @@ class GradientMonitor:
 
     @torch.no_grad()
     def _after_update(self) -> None:
-        """Measure what the update changed, and read all numbers from the device: a CPU-GPU sync point."""
+        """Measure what the update changed, and read all numbers from the device: a few CPU-GPU sync points."""
         if not self.is_on:
             return
         for place, parameters in self.groups.items():
             changes = [whole(self._weights[p].sub_(p.detach())) for p in parameters]
             self._read_later[f"update_norm/{place}"] = _norm(changes)
         self._weights.clear()
+        for name, start in self.start.items():
+            began = torch.tensor(start, device=self.model.device)
+            # Weights that all began as 0 have no distance in their own norm: it is infinite, and left out.
+            self._read_later[f"distance/{name}"] = (self._sample(name) - began).norm() / began.norm()
         values = dict(zip(self._read_later, torch.stack(list(self._read_later.values())).tolist(), strict=True))
         values |= self._heard(values.pop("gradient_of_matrices"))
-        for name in self.blocks:
-            if (start := self.start.get(name)) is not None:
-                began = torch.tensor(start)
-                moved = float((self._sample(name).cpu() - began).norm())
-                values[f"distance/{name}"] = moved / (float(began.norm()) or math.inf)
         for name in self.blocks:
             for kind in ("gradient_norm", "weight_norm", "update_norm"):
                 values[f"{kind}/{name}"] = math.hypot(*(values[f"{kind}/{p}"] for p in self.groups if name == p[:3]))
@@ -239,6 +247,8 @@ class GradientMonitor:
             values[f"update_ratio/{place}"] = max(NO_UPDATE, math.log10(change)) if change > 0 else NO_UPDATE
         figures = self.figures
         figures.depth = [values[f"gradient_norm/{name}"] for name in self.blocks]
+        found = torch.stack(list(self._histograms.values())).tolist()
+        figures.histograms = {tag: Histogram.read(each) for tag, each in zip(self._histograms, found, strict=True)}
         figures.scalars = {tag: value for tag, value in values.items() if math.isfinite(value)}
         gradients = [shape for tag, shape in figures.histograms.items() if tag.startswith("gradients/")]
         figures.scalars["gradient_not_finite/entries"] = float(sum(shape.not_finite for shape in gradients))
@@ -261,13 +271,11 @@ class GradientMonitor:
                 values[f"kurtosis/{name}"] = count * total / squares**2 if squares else math.nan
             elif count:
                 values[tag] = total / count
-        largest = self.world.gather({tag: float(value) for tag, value in heard.largest.items()})
-        values |= {tag: max(each[tag] for each in largest) for tag in heard.largest}
-        squares_of_texts = [
-            square
-            for of_rank in self.world.gather([square for part in heard.squares for square in part.tolist()])
-            for square in of_rank
-        ]
+        if heard.largest:
+            largest = self.world.gather(torch.stack(list(heard.largest.values())).tolist())
+            values |= {tag: max(each) for tag, each in zip(heard.largest, zip(*largest, strict=True), strict=True)}
+        squares = torch.cat(heard.squares).tolist() if heard.squares else []
+        squares_of_texts = [square for of_rank in self.world.gather(squares) for square in of_rank]
         if len(squares_of_texts) > 1:
             trace, common = gradient_noise(squares_of_texts, gradient_of_matrices**2)
             values |= {"gradient_noise/scatter": trace, "gradient_noise/common": common}
@@ -284,31 +292,44 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     return nn.utils.get_total_norm(list(tensors))
 
 
-def histogram(tensors: Sequence[Tensor]) -> Histogram:
-    """Return the histogram of all entries of several tensors. Values that are not finite are counted apart."""
+def histogram(tensors: Sequence[Tensor]) -> Tensor:
+    """Compute the histogram of all entries of several tensors, without waiting for their device.
+
+    Returns:
+        (BINS + 5,) on the device, which `Histogram.read` reads: the ends, sum and sum of squares of the finite entries,
+        how many are in each bin, and how many are not finite.
+    """
     parts = [tensor.detach().flatten() for tensor in tensors]
-    size = sum(part.numel() for part in parts)
+    device = parts[0].device
     low, high = _range(parts)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        parts = [part[part.isfinite()] for part in parts]
-        low, high = _range(parts)
-    finite = sum(part.numel() for part in parts)
-    if low == high:  # bins need a width
-        low, high = low - 0.5, high + 0.5
-    counts = torch.zeros(BINS, dtype=torch.int64, device=parts[0].device)
+    scale = BINS / (high - low)
+    counts = torch.zeros(BINS + 1, dtype=torch.int64, device=device)  # the last one: of those that are not finite
+    sums = torch.zeros(2, dtype=low.dtype, device=device)
     for part in parts:
-        for values in part.split(COUNTED_AT_ONCE):
-            # Twice as fast as torch.histc on a CPU.
-            bins = ((values - low) * (BINS / (high - low))).clamp_(0, BINS - 1).to(torch.uint8)
-            counts += torch.bincount(bins, minlength=BINS)
-    total = sum(part.sum(dtype=sums_type(part.device)).item() for part in parts)
-    squares = sum(part.norm().item() ** 2 for part in parts)
-    return Histogram(low, high, counts.tolist(), total, squares, size - finite)
+        for values in part.split(COUNTED_AT_ONCE if device.type == "cpu" else COUNTED_AT_ONCE * 64):
+            is_finite = values.isfinite()
+            bins = ((values - low) * scale).clamp_(0, BINS - 1)
+            counts += _count(torch.where(is_finite, bins, BINS).to(torch.uint8))
+            finite = torch.where(is_finite, values, 0).to(low.dtype)
+            sums += torch.stack([finite.sum(), finite.square().sum()])
+    return torch.cat([torch.stack([low, high]), sums, counts.to(low.dtype)])
 
 
-def _range(parts: Sequence[Tensor]) -> tuple[float, float]:
-    bounds = [bound for part in parts if part.numel() for bound in torch.aminmax(part)]
-    if not bounds:
-        return 0.0, 0.0
-    ends = torch.stack(bounds)
-    return ends.min().item(), ends.max().item()
+def _count(bins: Tensor) -> Tensor:
+    """Return how often each number from 0 to BINS occurs: (BINS + 1,) int64."""
+    if bins.device.type == "cpu":
+        return torch.bincount(bins, minlength=BINS + 1)  # twice as fast as torch.histc
+    # Elsewhere bincount waits for the device, to know its largest number.
+    counts = torch.zeros(BINS + 1, dtype=torch.int64, device=bins.device)
+    return counts.index_add_(0, bins.int(), torch.ones_like(bins, dtype=torch.int64))
+
+
+def _range(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the ends of the bins, each (): of the finite entries, and apart if all are the same or there are none."""
+    kind, parts = sums_type(parts[0].device), [part for part in parts if part.numel()]
+    low = torch.stack([torch.where(part.isfinite(), part, math.inf).amin() for part in parts]).amin().to(kind)
+    high = torch.stack([torch.where(part.isfinite(), part, -math.inf).amax() for part in parts]).amax().to(kind)
+    is_none = low > high
+    low, high = torch.where(is_none, 0.0, low), torch.where(is_none, 0.0, high)
+    is_point = low == high
+    return torch.where(is_point, low - 0.5, low), torch.where(is_point, high + 0.5, high)

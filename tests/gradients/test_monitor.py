@@ -19,7 +19,7 @@ from emoft.data.batching import Batch, pack, pad
 from emoft.data.steps import Step
 from emoft.distributed.world import World
 from emoft.gradients.listener import Listener
-from emoft.gradients.monitor import BINS, Figures, GradientMonitor, group_parameters, histogram
+from emoft.gradients.monitor import BINS, Figures, GradientMonitor, Histogram, group_parameters, histogram
 from emoft.gradients.names import KINDS, NO_UPDATE
 from emoft.model.attention import use_packed_attention
 from emoft.training.loss import cross_entropy, shift_labels
@@ -324,18 +324,18 @@ def test_every_parameter_belongs_to_one_group() -> None:
 
 def test_values_that_are_not_finite_are_counted_apart() -> None:
     values = torch.tensor([1.0, math.nan, -2.0, math.inf, -math.inf, 3.0, math.nan])
-    ours = histogram([values[:4], values[4:]])
+    ours = Histogram.read(histogram([values[:4], values[4:]]).tolist())
     assert (ours.low, ours.high, sum(ours.counts), ours.not_finite) == (-2.0, 3.0, 3, 4)
     assert (ours.total, ours.squares) == (2.0, pytest.approx(14.0))
-    nothing = histogram([torch.tensor([math.nan])])
+    nothing = Histogram.read(histogram([torch.tensor([math.nan])]).tolist())
     assert (sum(nothing.counts), nothing.not_finite) == (0, 1)
-    constant = histogram([torch.zeros(5)])
+    constant = Histogram.read(histogram([torch.zeros(5)]).tolist())
     assert sum(constant.counts) == 5
     assert constant.low < 0 < constant.high
 
 
 def test_a_count_above_what_float32_holds() -> None:
-    ours = histogram([torch.zeros(2**24 + 2**20 + 1).index_fill_(0, torch.tensor([0]), 1.0)])
+    ours = Histogram.read(histogram([torch.zeros(2**24 + 2**20 + 1).index_fill_(0, torch.tensor([0]), 1.0)]).tolist())
     assert sum(ours.counts) == 2**24 + 2**20 + 1
 
 
