@@ -19,6 +19,9 @@ class Precision:
         self.name = half_precision(device) if name == "auto" else name
         self.device = device
         self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+        # Products that stay in float32 are computed in it, not in TF32, so that figures compare between devices. It is
+        # torch's own default, which a variable of the environment changes that NVIDIA's containers set.
+        torch.set_float32_matmul_precision("highest")
         self.scaler = GradScaler(device.type, enabled=self.name == "fp16")
 
     def autocast(self) -> AbstractContextManager[None]:

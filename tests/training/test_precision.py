@@ -19,6 +19,13 @@ def test_autocast_sets_the_type_of_matrix_products(name: str, dtype: torch.dtype
     assert precision.scaler.is_enabled() == (name == "fp16")
 
 
+def test_products_of_float32_stay_float32() -> None:
+    """Even where the environment has switched TF32 on."""
+    torch.set_float32_matmul_precision("high")
+    Precision("no", CPU)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_auto_is_what_the_processor_computes_in() -> None:
     flags = open("/proc/cpuinfo").read() if torch.cpu.is_available() else ""  # noqa: SIM115
     expected = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "no"
