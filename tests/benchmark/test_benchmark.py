@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from emoft.benchmark.lengths import draw_lengths
-from emoft.benchmark.scaling import efficiency, exchange_seconds, modelled_seconds
+from emoft.benchmark.scaling import Gradients, efficiency, exchange_seconds, modelled_seconds
 from emoft.benchmark.training import EMOFT, FLATTENED, TUNED, TUTORIAL
 
 
@@ -153,7 +153,8 @@ def test_how_it_scales_beside_the_model(tiny_model: Path, tmp_path: Path) -> Non
     assert (row["batch_size"], row["processes"]) == (2, 2)
     assert row["seconds_together"] > 0 and 0 < row["efficiency"] < 2
     model = GPT2LMHeadModel.from_pretrained(tiny_model)
-    assert report["gradient_bytes"] == 4 * model.num_parameters()
+    assert sum(report["gradient_bytes"].values()) == 4 * model.num_parameters()
+    assert 0 < row["modelled_efficiency"] < 1, "on the CPU nothing of the exchange is hidden"
     assert report["exchange"] > 1e6, "bytes a second"
     assert "| 1 | 2 | 4 | 8 | 16 | 32 | 64 |" in result.stdout
 
@@ -162,8 +163,21 @@ def test_the_model_of_scaling_by_hand() -> None:
     """10 Gbit/s are 1.25e9 bytes a second: a ring of 4 sends 1.5 times 500 MB in 0.6 s, of which a step hides 2/3."""
     assert exchange_seconds(500e6, ranks=4, bandwidth=1.25e9) == pytest.approx(0.6)
     assert exchange_seconds(500e6, ranks=1, bandwidth=1.25e9) == 0
-    assert modelled_seconds(0.3, 500e6, ranks=4, bandwidth=1.25e9) == pytest.approx(0.3 + 0.6 - 0.2)
-    assert modelled_seconds(0.9, 500e6, ranks=4, bandwidth=1.25e9) == pytest.approx(0.9), "all of it is hidden"
+    early, both = Gradients(500_000_000, 0), Gradients(500_000_000, 250_000_000)
+    for alone, gradients, hides, seconds in (
+        (0.3, early, True, 0.3 + 0.6 - 0.2),
+        (0.9, early, True, 0.9),  # all of it is hidden
+        (0.9, both, True, 0.9 + 0.3),  # but for what is complete at the end of the backward pass
+        (0.3, both, True, 0.3 + 0.6 - 0.2 + 0.3),
+        (0.9, both, False, 0.9 + 0.6 + 0.3),  # on the cores that compute nothing is
+    ):
+        assert modelled_seconds(alone, gradients, 4, 1.25e9, hides) == pytest.approx(seconds)
+
+
+def test_the_tied_embedding_is_complete_last() -> None:
+    gradients = Gradients.of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10, n_positions=6)))
+    assert gradients.late == 4 * (10 + 6) * 8
+    assert gradients.early == 4 * (12 * 8 * 8 + 13 * 8 + 2 * 8), "a block, and the last LayerNorm"
 
 
 def test_efficiency_is_the_median_of_the_turns() -> None:
