@@ -20,7 +20,7 @@ class Precision:
         self.device = device
         self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
         # Products that stay in float32 are computed in it, not in TF32, so that figures compare between devices. It is
-        # torch's own default, which a variable of the environment changes that NVIDIA's containers set.
+        # torch's own default, which TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment would change.
         torch.set_float32_matmul_precision("highest")
         self.scaler = GradScaler(device.type, enabled=self.name == "fp16")
 

@@ -325,7 +325,7 @@ import os, runpy, sys, time
 from datetime import timedelta
 sys.path.insert(0, {str(ROOT)!r})
 import emoft.distributed.world
-from emoft.run import Run
+from emoft.run.run import Run
 emoft.distributed.world.LATER_STEPS = timedelta(seconds=4)
 steps = Run.steps
 def late(run):
