@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ RESULTS_FILE = "all_results.json"
 EVENTS_FOLDER = "runs"  # TensorBoard's
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"  # of the model
+# Of the tokenizer, for other programs; emoft itself reads tokenizer.json.
+VOCABULARY_FILES = ("vocab.json", "merges.txt")
 
 # In a checkpoint-STEP folder besides.
 TRAINING_STATE_FILE = "training_state.pt"  # what makes a folder a checkpoint, and not only a model
@@ -59,6 +62,16 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let a function write a file beside the target and rename it; if it fails, nothing is left of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def finite(content: Any) -> Any:

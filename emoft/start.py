@@ -14,7 +14,7 @@ from typing import TextIO, TypeVar
 from emoft.errors import UserError, guarded, program
 
 STARTED = time.perf_counter()  # the scripts import this module first
-COMMANDS = ("evaluate", "gradients", "step", "compare", "share", "benchmark")
+COMMANDS = ("evaluate", "gradients", "step", "compare", "share", "export", "benchmark")
 SCRIPTS = ("train.py", "generate.py", *(f"emoft.{name}" for name in COMMANDS))
 
 

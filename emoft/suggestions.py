@@ -114,6 +114,10 @@ WORDS = {
     "json": "jsonl as_json output_format json_output",
     "generate": "samples num_samples n sample num_generate n_samples",
     "use_class_prior": "prior class_prior",
+    # Of emoft.export and emoft.step
+    "output": "o out output_file output_path outfile save_to save_path file html",
+    "format": "f type to target export_format outtype",
+    "overwrite_output": "force overwrite overwrite_file",
     # Of emoft.benchmark
     "compare": "comparison mode task what benchmark",
     "processes": "nproc_per_node num_processes world_size workers ranks",

@@ -14,6 +14,7 @@ from emoft.benchmark.config import BenchmarkConfig
 from emoft.command_line import HasFlags, parse_config
 from emoft.compare.config import CompareConfig
 from emoft.config import EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
+from emoft.export.config import ExportConfig
 from emoft.flags import Command, flags_of, option
 from emoft.share.config import ShareConfig
 from emoft.step.config import StepConfig
@@ -27,6 +28,7 @@ ALL = [
     StepConfig,
     CompareConfig,
     ShareConfig,
+    ExportConfig,
 ]
 
 

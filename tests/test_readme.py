@@ -10,6 +10,7 @@ from conftest import ROOT
 from emoft.benchmark.config import BenchmarkConfig
 from emoft.compare.config import CompareConfig
 from emoft.config import EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
+from emoft.export.config import ExportConfig
 from emoft.share.config import ShareConfig
 from emoft.step.config import StepConfig
 
@@ -35,6 +36,7 @@ def test_every_flag_it_names_exists(page: Path) -> None:
         StepConfig,
         CompareConfig,
         ShareConfig,
+        ExportConfig,
     )
     known = {"config", "help"}.union(*(config.__dataclass_fields__ for config in configs))
     known |= {f"no_{name}" for name in known}

@@ -25,7 +25,7 @@ ORDER = [
     ["emoft.start", "emoft.run"],
     ["emoft.plan"],
     ["train", "generate"],
-    ["emoft.step", "emoft.compare", "emoft.benchmark"],
+    ["emoft.step", "emoft.compare", "emoft.export", "emoft.benchmark"],
 ]
 LAYER = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 SHARE_A_LINE = {"emoft.flags", "emoft.suggestions", "emoft.help", "emoft.command_line"}  # and may import each other
@@ -96,7 +96,7 @@ def test_no_circle() -> None:
 
 def test_nothing_imports_a_door() -> None:
     assert {name.removesuffix(".__main__") for name in DOORS} == {
-        "emoft.benchmark", "emoft.compare", "emoft.evaluate", "emoft.gradients",
+        "emoft.benchmark", "emoft.compare", "emoft.evaluate", "emoft.export", "emoft.gradients",
         "emoft.share", "emoft.step",
     }  # fmt: skip
     for module in MODULES:

@@ -9,9 +9,10 @@ from emoft.benchmark.config import BenchmarkConfig
 from emoft.command_line import parse_config
 from emoft.config import EvaluateConfig, GenerateConfig, GradientsConfig, TrainConfig
 from emoft.errors import UserError
+from emoft.export.config import ExportConfig
 from emoft.suggestions import CHOICES, NOTES, WORDS, one_of, suggest
 
-ALL = [TrainConfig, GenerateConfig, EvaluateConfig, GradientsConfig, BenchmarkConfig]
+ALL = [TrainConfig, GenerateConfig, EvaluateConfig, GradientsConfig, BenchmarkConfig, ExportConfig]
 
 
 def said(config_class, *words: str) -> str:

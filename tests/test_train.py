@@ -215,6 +215,8 @@ class TestOutputs:
             "model.safetensors",
             "generation_config.json",
             "tokenizer.json",
+            "vocab.json",
+            "merges.txt",
             "emoft.json",
             "train_config.yaml",
             "trainer_state.json",

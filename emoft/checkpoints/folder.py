@@ -20,7 +20,7 @@ from emoft.config import TrainConfig, save_config
 from emoft.distributed.parallel import whole_weights
 from emoft.distributed.world import World
 from emoft.errors import UserError, warn
-from emoft.files import CONFIG_FILE, RESULTS_FILE, TRAINING_STATE_FILE, write_json
+from emoft.files import CONFIG_FILE, RESULTS_FILE, TRAINING_STATE_FILE, VOCABULARY_FILES, write_json
 from emoft.model.loading import TextModel, save_model
 from emoft.tracking.tracker import Tracker
 
@@ -108,7 +108,8 @@ def prepare_output_dir(config: TrainConfig, resumes: bool = False) -> Path:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if config.overwrite_output_dir and not resumes:
-            for path in [output_dir / name for name in RUN_FILES] + checkpoints(output_dir):
+            # Not every tokenizer has a vocabulary to replace that of the run before.
+            for path in [output_dir / name for name in (*RUN_FILES, *VOCABULARY_FILES)] + checkpoints(output_dir):
                 _remove(path)
             for path in [*output_dir.glob("nonfinite-*.json"), *output_dir.glob("spike-*.json")]:
                 path.unlink()

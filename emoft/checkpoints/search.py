@@ -14,6 +14,7 @@ from emoft.files import (
     RESULTS_FILE,
     TRAINER_STATE_FILE,
     TRAINING_STATE_FILE,
+    VOCABULARY_FILES,
     WEIGHTS_FILE,
 )
 
@@ -101,7 +102,7 @@ def _refuse_to_delete_inputs(config: TrainConfig, output_dir: Path) -> None:
         UserError: it would.
     """
     root = output_dir.resolve()
-    deleted = {(output_dir / name).resolve() for name in RUN_FILES} | {
+    deleted = {(output_dir / name).resolve() for name in (*RUN_FILES, *VOCABULARY_FILES)} | {
         path.resolve() for path in checkpoints(output_dir)
     }
     for name in ("model_name_or_path", "tokenizer_name", "dataset_name", *INPUT_FILES):

@@ -13,7 +13,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from emoft import private
 from emoft.data.sources import is_folder
 from emoft.errors import UserError, warn
-from emoft.files import FORMAT_FILE
+from emoft.files import FORMAT_FILE, VOCABULARY_FILES
 from emoft.hints import python
 from emoft.terminal import Bar
 
@@ -21,7 +21,7 @@ PROBE_SECONDS = 4  # for a sign of life
 ANSWER_SECONDS = 8  # for what the Hub knows of a repository
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt"),
+    *VOCABULARY_FILES,
 )
 # Of a model's repository, which may hold the same weights in five formats.
 MODEL_FILES = (

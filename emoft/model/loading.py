@@ -20,7 +20,7 @@ from emoft.config import TrainConfig
 from emoft.data import hub
 from emoft.data.template import TextFormat
 from emoft.errors import UserError, warn
-from emoft.model.tokenizer import load_tokenizer, train_tokenizer
+from emoft.model.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 # Vocabularies are sometimes rounded up to a multiple of 64 or 128 for speed: a model may have this many ids to spare.
 SPARE_IDS = 1024
@@ -205,8 +205,9 @@ def _try_to_save(model: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, name: str) ->
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for part in (model.config, model.generation_config, tokenizer):
+            for part in (model.config, model.generation_config):
                 part.save_pretrained(folder)
+            save_tokenizer(tokenizer, Path(folder))
     except OSError:
         return  # no room for a trial says nothing of the output folder
     except Exception as error:  # the libraries raise dozens of types for what is one case to the user
@@ -225,5 +226,5 @@ def save_model(folder: Path, text_model: TextModel, weights: dict[str, Tensor]) 
         weights: of the model, whole.
     """
     text_model.model.save_pretrained(folder, state_dict=weights)
-    text_model.tokenizer.save_pretrained(folder)
+    save_tokenizer(text_model.tokenizer, folder)
     text_model.text_format.save(folder)

@@ -12,6 +12,7 @@ from emoft.data import hub
 from emoft.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 
 def load_tokenizer(name: str, flag: str = "model_name_or_path", revision: str = "main") -> GPT2Tokenizer:
@@ -90,3 +91,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
         ),
     )
     return GPT2Tokenizer(tokenizer_object=backend, pad_token=END_OF_TEXT)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the files of a tokenizer, so that transformers 4 and other programs read them too.
+
+    A tokenizer of GPT-2's own kind also gets vocab.json and merges.txt. From these two, transformers 4 makes its
+    GPT2Tokenizer, whatever tokenizer.json says: of another kind they would give other tokens there, without a word.
+
+    Args:
+        tokenizer: of `load_tokenizer` or `train_tokenizer`.
+        folder: is there.
+    """
+    tokenizer.save_pretrained(folder)
+    if isinstance(tokenizer, GPT2Tokenizer):
+        tokenizer.backend_tokenizer.model.save(str(folder))
+    # Two words of transformers 5 that 4 cannot read, though 5 still reads those of 4.
+    path = folder / TOKENIZER_CONFIG_FILE
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -106,6 +106,13 @@ class TestAfterAFailure:
         prepare_output_dir(config)
         assert steps(old_run) == []
 
+    def test_no_vocabulary_of_the_run_before_is_left(self, old_run: Path) -> None:
+        """The new run's tokenizer may be one without these files."""
+        for name in ("vocab.json", "merges.txt"):
+            (old_run / name).touch()
+        prepare_output_dir(TrainConfig(output_dir=str(old_run), overwrite_output_dir=True))
+        assert list(old_run.iterdir()) == []
+
     def test_before_its_first_checkpoint_it_begins_as_the_flags_say(self, old_run: Path, tmp_path: Path) -> None:
         world = World(0, 2, launched=True, store=HashStore())
         world.begin_run()

@@ -109,11 +109,13 @@ FILES = (
     "emoft.json",
     "generation_config.json",
     "manifest.json",
+    "merges.txt",
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "trainer_state.json",
     "training_state.pt",
+    "vocab.json",
 )
 
 

@@ -1,0 +1,1 @@
+"""The command `python -m emoft.export`: a saved model as one file of ONNX or GGUF, for other programs."""
