@@ -11,7 +11,7 @@ if __name__ == "__main__":
     # Here, before the imports below, which take seconds: a mistake in the flags is told at once.
     config = start.read_flags(GenerateConfig)
     prompts = guarded(lambda: read_prompts(config))
-    start.loading(sys.stderr)
+    start.loading(sys.stderr, start.TO_GENERATE)
 
 import json
 from collections.abc import Iterable

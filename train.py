@@ -31,7 +31,8 @@ from emoft.checkpoints.state import TrainingState, examples_per_step, load_state
 from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_splits
 from emoft.data.steps import StepLoader
-from emoft.data.tokens import check_room, describe_cut, tokenize
+from emoft.data.tokenized import describe_cut, tokenize
+from emoft.data.tokens import check_room
 from emoft.device import choose_device
 from emoft.distributed.parallel import exchange_gradients
 from emoft.distributed.world import World

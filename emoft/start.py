@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import TextIO, TypeVar
 
@@ -41,7 +41,8 @@ from emoft.config import INPUT_FILES, TrainConfig
 from emoft.data.sources import check_file, is_folder
 from emoft.data.template import TextFormat
 
-LIBRARIES = {"torch": "PyTorch", "transformers": "transformers", "datasets": "datasets"}
+TO_GENERATE = {"torch": "PyTorch", "transformers": "transformers"}  # which reads no data set
+LIBRARIES = {**TO_GENERATE, "datasets": "datasets"}
 PATIENCE_SECONDS = 2.5  # between two signs of life
 
 Config = TypeVar("Config", bound=HasFlags)
@@ -113,15 +114,16 @@ def check_inputs(config: TrainConfig) -> None:
 _is_loaded = threading.Event()
 
 
-def loading(stream: TextIO) -> None:
+def loading(stream: TextIO, libraries: Mapping[str, str] = LIBRARIES) -> None:
     """Name the libraries that are about to be imported, and again while it takes long; until `libraries_are_loaded`.
 
     Args:
         stream: standard output, or standard error where standard output is for results alone.
+        libraries: names by modules.
     """
     # What is imported stays. To look through all of it for garbage again and again takes an eighth of the time.
     gc.disable()
-    missing = [name for module, name in LIBRARIES.items() if module not in sys.modules]
+    missing = [name for module, name in libraries.items() if module not in sys.modules]
     if not missing or os.environ.get("RANK", "0") != "0":
         return
     print(f"loading {', '.join(missing)} ...", file=stream, flush=True)
@@ -130,7 +132,7 @@ def loading(stream: TextIO) -> None:
         seconds = 0.0
         while not _is_loaded.wait(PATIENCE_SECONDS):
             seconds += PATIENCE_SECONDS
-            left = [name for module, name in LIBRARIES.items() if module not in sys.modules]
+            left = [name for module, name in libraries.items() if module not in sys.modules]
             print(f"still loading {', '.join(left) or 'the rest'} ({seconds:.0f} s) ...", file=stream, flush=True)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -139,7 +141,6 @@ def loading(stream: TextIO) -> None:
 def libraries_are_loaded() -> None:
     """Leave Ctrl-C to the script from here on, and keep the libraries from speaking: what matters, emoft says."""
     # Here, since this module is there to be read before them.
-    import datasets
     import huggingface_hub
     import transformers
 
@@ -150,5 +151,6 @@ def libraries_are_loaded() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # of loading and saving, which take a moment
-    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told by our own
+    if datasets := sys.modules.get("datasets"):  # not loaded by all of the scripts
+        datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are told by our own
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)

@@ -67,6 +67,15 @@ def test_answers_before_anything_slow_is_imported(folder: Path, name: str, words
     assert (len(said) == 1 and said[0].startswith(f"{name}: error: ") and part in said[0]) if code else not said
 
 
+def test_generation_does_not_wait_for_what_reads_data() -> None:
+    """`datasets`, and pandas and pyarrow behind it, are a second of an import that has no use for them."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import generate; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(done.stdout.split())
+    assert "torch" in imported, "the test must see what is imported"
+    assert imported.isdisjoint({"datasets", "pandas", "pyarrow.compute"})
+
+
 def test_a_start_says_what_it_does_and_ctrl_c_ends_it_with_a_line(folder: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, *SCRIPTS["train.py"], "--train_file=x.csv"],

@@ -478,7 +478,7 @@ def test_bars_of_datasets_are_ours(
 
     from emoft.config import TrainConfig
     from emoft.data.reading import read_splits
-    from emoft.data.tokens import tokenize
+    from emoft.data.tokenized import tokenize
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "train.csv").write_text("text,label\n" + "i feel fine,joy\ni feel low,sadness\n" * 10_000)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from emoft.config import TrainConfig
-from emoft.data.tokens import checksum
+from emoft.data.tokenized import checksum
 from emoft.device import random_state, set_random_state
 from emoft.distributed.parallel import load_optimizer_state, whole_optimizer_state
 from emoft.distributed.world import World

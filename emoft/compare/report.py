@@ -10,7 +10,8 @@ from emoft.compare.statistics import Difference, Statistic, accuracy, compare, m
 from emoft.data.batching import split_loader
 from emoft.data.reading import read_evaluation_splits
 from emoft.data.template import TextFormat
-from emoft.data.tokens import byte_lengths, tokenize
+from emoft.data.tokenized import tokenize
+from emoft.data.tokens import byte_lengths
 from emoft.device import choose_device
 from emoft.distributed.world import World
 from emoft.errors import UserError

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emoft.device import pins_memory, token_multiple
 from emoft.distributed.world import World
 from emoft.errors import is_out_of_memory
+
+if TYPE_CHECKING:  # generate.py makes batches too, and this library takes a second to load
+    from datasets import Dataset
 
 IGNORED = -100  # the label of what is no target, as in torch and transformers
 
@@ -110,13 +111,15 @@ def epoch_batches(examples: int, batch_size: int, seed: int, epoch: int) -> list
     return _chunks(order, batch_size)
 
 
-def length_sorted_batches(rows: Dataset, batch_size: int) -> list[list[int]]:
+def length_sorted_batches(rows: "Dataset", batch_size: int) -> list[list[int]]:
     """Return batches in the order of length, longest first, which pads least; for evaluation, where order is free."""
     return _chunks(np.argsort(-token_lengths(rows), kind="stable").tolist(), batch_size)
 
 
-def token_lengths(rows: Dataset) -> Lengths:
+def token_lengths(rows: "Dataset") -> Lengths:
     """Return the tokens of each example of a tokenized split."""
+    import pyarrow.compute as pc  # here, since generate.py makes batches too, and it takes long to load
+
     lengths = pc.list_value_length(rows.with_format("arrow")[:]["input_ids"])
     return np.asarray(lengths.to_numpy(), dtype=np.int64)
 
@@ -248,7 +251,7 @@ def _batch(
 
 
 def split_loader(
-    rows: Dataset, batch_size: int, pad_id: int, device: torch.device, batching: str, world: World
+    rows: "Dataset", batch_size: int, pad_id: int, device: torch.device, batching: str, world: World
 ) -> DataLoader[Batch]:
     """Return a DataLoader over this rank's share of a whole split, in an order that pads least; see `build_loader`."""
     batches = length_sorted_batches(rows, world.size * batch_size)
@@ -288,7 +291,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def build_loader(
-    rows: Dataset,
+    rows: "Dataset",
     batches: list[list[int]],
     pad_id: int,
     device: torch.device,

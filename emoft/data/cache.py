@@ -43,6 +43,14 @@ def _writable(usual: str) -> str:
     return usual
 
 
+def fingerprint(*parts: str) -> str:
+    """Return the name under which `datasets` caches a result: a hash of all that it depends on.
+
+    Left alone, the library hashes the function, and that hash changes with any state the function refers to.
+    """
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
 def content_hash(path: Path) -> str:
     """Return the SHA-256 of a file, by which the cache knows it: its time and size may be those of another one."""
     digest = hashlib.sha256()

@@ -26,9 +26,10 @@ def told_by_words(texts: Sequence[str], labels: Sequence[str]) -> tuple[float, f
         The share that is told right; that of the most frequent label, which who knows nothing would always say; and how
         many texts were asked about.
     """
-    order = np.random.default_rng(SEED).permutation(len(texts))[:MOST].tolist()
-    known, asked = order[::2], order[1::2]
-    names = sorted({labels[number] for number in order})
+    chosen = np.random.default_rng(SEED).permutation(len(texts))[:MOST].tolist()
+    texts, labels = [texts[number] for number in chosen], [labels[number] for number in chosen]
+    known, asked = range(0, len(texts), 2), range(1, len(texts), 2)
+    names = sorted(set(labels))
     counts = {name: Counter[str]() for name in names}
     texts_of = Counter(labels[number] for number in known)
     for number in known:

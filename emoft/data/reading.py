@@ -14,13 +14,12 @@ from datasets.exceptions import DatasetGenerationError
 
 from emoft.config import INPUT_FILES, EvaluateConfig, TrainConfig
 from emoft.data import hub
-from emoft.data.cache import cache_dir, cache_fault, cache_in_use, content_hash
+from emoft.data.cache import cache_dir, cache_fault, cache_in_use, content_hash, fingerprint
 from emoft.data.folders import files_of_splits
 from emoft.data.formats import Columns, class_names, guess_delimiter, read_rows
 from emoft.data.labels import clean_label, differ_in_case_only, label_name
 from emoft.data.sources import check_file, is_folder
 from emoft.data.template import TextFormat
-from emoft.data.tokens import fingerprint
 from emoft.errors import UserError, warn
 from emoft.hints import python
 from emoft.private import fingerprint_of

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -87,9 +86,10 @@ class World:
             examples: of the batch, as indices into a split.
             batch_size: most examples in a micro-batch.
         """
-        shares = np.array_split(np.asarray(examples, dtype=int), self.size)
-        mine = shares[self.rank].tolist()
-        count = -(-len(shares[0]) // batch_size)
+        least, larger = divmod(len(examples), self.size)
+        start = self.rank * least + min(self.rank, larger)
+        mine = list(examples[start : start + least + (self.rank < larger)])
+        count = -(-(least + (larger > 0)) // batch_size)
         return [mine[number * batch_size : (number + 1) * batch_size] for number in range(count)]
 
     def sum(self, values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from emoft.data import hub
 from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_evaluation_splits
 from emoft.data.template import TextFormat
-from emoft.data.tokens import describe_cut, tokenize
+from emoft.data.tokenized import describe_cut, tokenize
 from emoft.device import choose_device
 from emoft.distributed.world import World
 from emoft.errors import UserError, warn

@@ -2,9 +2,9 @@
 
 from emoft import device as devices
 from emoft.data.batching import IGNORED
-from emoft.data.duplicates import distinct_share, overlap
+from emoft.data.duplicates import overlap
 from emoft.data.spelling import spell
-from emoft.data.tokens import cut_share
+from emoft.data.tokenized import cut_share, distinct_share
 from emoft.hints import less_memory
 from emoft.plan.disk import Disk
 from emoft.plan.measured import Measured

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emoft.checkpoints.folder import Saver
 from emoft.data.steps import Step
-from emoft.data.tokens import unigram_entropy
+from emoft.data.tokenized import unigram_entropy
 from emoft.device import give_back_memory
 from emoft.errors import is_out_of_memory
 from emoft.model.generation import sample_texts

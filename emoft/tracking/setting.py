@@ -4,9 +4,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from emoft.data.duplicates import distinct_share
 from emoft.data.label_information import told_by_words
-from emoft.data.tokens import cut_share
+from emoft.data.tokenized import cut_share, distinct_share
 
 
 def setting_of_model(model: GPT2LMHeadModel, examples_per_step: int, checksums: dict[str, str]) -> dict[str, float]:
@@ -40,8 +39,7 @@ def setting_of_data(train_rows: Dataset, max_length: int) -> dict[str, float]:
     if "whole_tokens" in train_rows.column_names:
         setting["cut_texts"] = cut_share(train_rows, max_length)
     if "label" in train_rows.column_names:
-        labels = train_rows["label"][:]
-        setting["emotions"] = len(set(labels))
-        told, largest, asked = told_by_words(train_rows["text"][:], labels)
+        setting["emotions"] = len(train_rows.unique("label"))
+        told, largest, asked = told_by_words(train_rows["text"], train_rows["label"])
         setting |= {"emotion_by_words": told, "largest_emotion": largest, "emotions_asked": asked}
     return setting

@@ -7,7 +7,8 @@ from conftest import read_scalars
 from datasets import Dataset
 from test_train import flags
 
-from emoft.data.duplicates import IN_TRAIN, SIMILARITY, find_matches, mark_duplicates, overlap
+from emoft.data.duplicates import IN_TRAIN, find_matches, mark_duplicates, overlap
+from emoft.data.similarity import SIMILARITY
 from emoft.data.words import runs, words
 from emoft.errors import UserError
 
@@ -27,7 +28,8 @@ def test_words() -> None:
 
 def test_exact_and_near_duplicates() -> None:
     train = [LONG, "we laughed", LONG.upper() + "!", LONG.replace("friends", "dogs"), "we  laughed.", "we cried"]
-    in_train, (in_other,) = find_matches(train, [["We laughed", LONG + " again today", "something else", "we cry"]])
+    found = find_matches(train, [["We laughed", LONG + " again today", "something else", "we cry"]])
+    in_train, (in_other,) = found.in_train, found.of_others
     assert in_train.exact.tolist() == [False, False, True, False, True, False]
     assert in_train.near.tolist() == [False, False, False, True, False, False]
     assert in_other.exact.tolist() == [True, False, False, False]
@@ -38,7 +40,8 @@ def test_no_pair_is_missed_nor_invented() -> None:
     """Against every pair compared with every other, over texts of few words, which are often similar."""
     chance = random.Random(0)
     texts = [" ".join(chance.choices("abc", k=chance.randint(1, 14))) for _ in range(300)]
-    in_train, (in_other,) = find_matches(texts[:200], [texts[200:]])
+    found = find_matches(texts[:200], [texts[200:]])
+    in_train, (in_other,) = found.in_train, found.of_others
     sets = [set(runs(text.split(), 3) or [text]) for text in texts]
 
     def similar(first: int, second: int) -> bool:
@@ -68,8 +71,8 @@ def test_dropping_leaves_no_copy_and_no_overlap(capsys: pytest.CaptureFixture[st
     assert found.endswith("dropped 3 of 5 from train")
     assert dropped["train"]["text"][:] == ["a b c d", LONG]
     assert not any(dropped["validation"][IN_TRAIN])
-    matches, (others,) = find_matches(dropped["train"]["text"], [dropped["validation"]["text"]])
-    assert not matches.any.any() and not others.any.any()
+    found = find_matches(dropped["train"]["text"], [dropped["validation"]["text"]])
+    assert not found.in_train.any.any() and not found.of_others[0].any.any()
     again, found = mark_duplicates({"train": dropped["train"]}, drop=True)
     assert again["train"]["text"][:] == ["a b c d", LONG]
     assert found == "", "nothing to tell"
@@ -112,3 +115,21 @@ def test_a_run_states_its_evaluation_with_and_without_them(run, tiny_model, tmp_
     results = json.loads((tmp_path / "dropped/all_results.json").read_text())
     assert results["eval_overlap"] == 0
     assert np.isfinite(results["macro_f1"])
+
+
+def test_a_second_look_is_taken_from_the_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emoft.data.duplicates.cache_dir", lambda: str(tmp_path))
+    splits = {
+        "train": Dataset.from_dict({"text": [LONG, LONG, "x y z"]}),
+        "test": Dataset.from_dict({"text": ["x y z", "new words here"]}),
+    }
+    kept, found = mark_duplicates(splits, drop=True)
+    monkeypatch.setattr("emoft.data.duplicates.words", lambda text: pytest.fail("looked again"))
+    again, found_again = mark_duplicates(splits, drop=True)
+    assert found_again == found != ""
+    assert again["train"]["text"][:] == kept["train"]["text"][:] == [LONG]
+    (file,) = tmp_path.glob("emoft-duplicates-*.npz")
+    file.write_bytes(file.read_bytes()[:40])
+    monkeypatch.undo()
+    monkeypatch.setattr("emoft.data.duplicates.cache_dir", lambda: str(tmp_path))
+    assert mark_duplicates(splits, drop=True)[1] == found, "one that is damaged is made again"

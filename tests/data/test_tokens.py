@@ -11,7 +11,8 @@ from transformers import GPT2Tokenizer
 from emoft.config import TrainConfig
 from emoft.data.reading import read_splits
 from emoft.data.template import TextFormat
-from emoft.data.tokens import check_room, checksum, cut_share, describe_cut, encode, tokenize, unigram_entropy
+from emoft.data.tokenized import checksum, cut_share, describe_cut, tokenize, unigram_entropy
+from emoft.data.tokens import check_room, encode, make_ids, make_tokens
 from emoft.errors import UserError
 
 
@@ -57,12 +58,12 @@ class TestTokens:
 TELLING = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import emoft.data.tokens
-encode = emoft.data.tokens.encode_whole
+import emoft.data.tokenized
+encode = emoft.data.tokenized.encode_whole
 def told(tokenizer, texts, text_format):
     print("tokenizing", len(texts))
     return encode(tokenizer, texts, text_format)
-emoft.data.tokens.encode_whole = told
+emoft.data.tokenized.encode_whole = told
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """
 
@@ -139,3 +140,12 @@ def test_texts_without_a_target_are_refused(split: Callable[..., Dataset], text_
         split(["a", "b", "c"], text_format)
     if not text_format.append_eos:
         assert len(split(["a", "i feel fine"], text_format)) == 2
+
+
+def test_ids_alone_are_those_of_tokens(tiny_model: Path) -> None:
+    tokenizer = GPT2Tokenizer.from_pretrained(tiny_model)
+    texts = ["i feel fine", " a  <|endoftext|> b\t", "ខ្ញុំ 😀 é", "", "<mark>happy"]
+    for _ in range(2):
+        assert make_ids(tokenizer, texts) == [ids for ids, _ in make_tokens(tokenizer, texts)]
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<mark>"]})
+        tokenizer(texts, padding=True, truncation=True, max_length=2)  # another use changes the tokenizer's state
