@@ -35,8 +35,8 @@ MARKER = "executed"  # a file that hostile code would make
 PLANT = f"""
 import json, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-from emoft.data import tokens
-tokenize = tokens.tokenize
+from emoft.data import tokenized
+tokenize = tokenized.tokenize
 def noting(rows, tokenizer, text_format, split):
     made = tokenize(rows, tokenizer, text_format, split)
     if split == "train":
@@ -44,7 +44,7 @@ def noting(rows, tokenizer, text_format, split):
         with open("reached.json", "w") as file:
             json.dump(texts, file)
     return made
-tokens.tokenize = noting
+tokenized.tokenize = noting
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """
 Chance = random.Random
