@@ -68,7 +68,9 @@ def write_gguf(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, path:
         if is_tied and name == "lm_head.weight":
             continue  # without it, llama.cpp takes the embedding
         weight = weight.T if name.endswith(TURNED) else weight
-        writer.add_tensor(layout.get_name(name, (".weight", ".bias")), weight.float().contiguous().numpy())
+        place = layout.get_name(name, (".weight", ".bias"))
+        assert place, f"GGUF has no name for {name}, though every GPT-2 has it"
+        writer.add_tensor(place, weight.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
