@@ -2,7 +2,7 @@
 
 All continue the same prompts, drawing with the same settings, by the same number of tokens: like is compared with like,
 many at once with many at once, in one precision. `pipeline("text-generation")` comes twice, since by its defaults it
-takes a prompt at a time in float32. CTranslate2 takes part where it is installed.
+takes a prompt at a time in float32. CTranslate2 and ONNX Runtime take part where they are installed.
 """
 
 import importlib.util
@@ -28,6 +28,7 @@ from emoft.device import choose_device, peak_memory, reset_peak_memory, synchron
 from emoft.model.decoding import build_decoder
 from emoft.model.generation import choose_generation_precision, encode_prompt, generate_all
 from emoft.model.loading import load_model
+from emoft.model.sampling import Sampling
 from emoft.model.tokenizer import load_tokenizer, train_tokenizer
 from emoft.terminal import Bar
 from emoft.tracking.throughput import block_weights
@@ -36,6 +37,8 @@ from emoft.training.precision import Precision
 SENTENCE = "i feel that this day was like no other before it and still like all of them"
 WARMUP_PROMPTS = 2
 TEMPERATURE, TOP_K = 0.7, 50  # the pipeline's
+
+PACKAGES = {"CTranslate2": "ctranslate2", "ONNX Runtime": "onnxruntime"}  # which take part where they are installed
 
 # Continues prompts by at most so many tokens each, and returns how many it made: texts may end before.
 Continue = Callable[[list[str], int], int]
@@ -192,6 +195,22 @@ def by_ctranslate2(setting: Setting, compute_type: str) -> Continue:
     return generate
 
 
+def by_onnx(setting: Setting, int8: bool) -> Continue:
+    """By ONNX Runtime, from a graph of one step with its cache."""
+    from emoft.benchmark.onnx_generation import OnnxGenerator  # only where the packages are installed
+
+    generator = OnnxGenerator(setting.model, int8)
+    end, sampling = setting.tokenizer.eos_token_id, Sampling(True, TEMPERATURE, TOP_K)
+
+    def generate(prompts: list[str], count: int) -> int:
+        texts = [encode_prompt(setting.tokenizer, prompt) for prompt in prompts]
+        rows = generator.generate(texts, count, end, sampling).tolist()
+        setting.tokenizer.batch_decode(rows)
+        return sum(up_to(end, row) for row in rows)
+
+    return generate
+
+
 def contenders_of(config: BenchmarkConfig) -> dict[str, tuple[Callable[..., Continue], tuple[Any, ...]]]:
     """Return by name what takes part here, with its arguments; emoft first."""
     found: dict[str, tuple[Callable[..., Continue], tuple[Any, ...]]] = {
@@ -204,6 +223,9 @@ def contenders_of(config: BenchmarkConfig) -> dict[str, tuple[Callable[..., Cont
     if importlib.util.find_spec("ctranslate2"):
         found["CTranslate2, float32"] = by_ctranslate2, ("float32",)
         found |= {"CTranslate2, int8": (by_ctranslate2, ("int8",))} if on_cpu else {}
+    if on_cpu and importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
+        found["ONNX Runtime, float32"] = by_onnx, (False,)
+        found["ONNX Runtime, int8"] = by_onnx, (True,)
     return found | ({"emoft, --quantize int8": (by_emoft, (True,))} if on_cpu else {})
 
 
@@ -298,6 +320,7 @@ def compare_generation(config: BenchmarkConfig) -> Report:
             f" | {row.tokens_per_second_of_one:,.0f} | {1000 * row.first_token_seconds:,.0f} ms"
             f" | {row.share_of_bandwidth:.0%} | {memory} |"
         )
-    if not importlib.util.find_spec("ctranslate2"):
-        lines.append("\nCTranslate2 takes part where it is installed.")
+    missing = [name for name, package in PACKAGES.items() if not importlib.util.find_spec(package)]
+    if missing:
+        lines.append(f"\nnot compared, since not installed: {', '.join(missing)}")
     return Report("\n".join(lines), {"rows": [asdict(row) for row in rows], "bandwidth_gb_per_second": bandwidth / 1e9})
