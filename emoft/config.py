@@ -330,6 +330,9 @@ class EvaluateConfig:
         0, "show so many rows of the train split, or without one of the texts, whose label may be wrong (0: none)"
     )
     generate: CountOrOff = option(0, "sample so many texts for each emotion, and tell how good they are (0: off)")
+    judge_model: NameOrFolder = option(
+        "", "with --generate: another model, which tells how likely it finds these texts, and people's"
+    )
     strength: NotNegative = option(0.0, "of these texts: as for generate.py")
     temperature: Positive = option(1.0, "of these texts: below 1 safer, above 1 wilder")
     top_k: CountOrOff = option(50, "of these texts: draw from the so many likeliest tokens (0: all)")

@@ -9,7 +9,12 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-NAMES = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}  # of a package, by that of its module
+NAMES = {
+    "PIL": "pillow",
+    "yaml": "PyYAML",
+    "sklearn": "scikit-learn",
+    "mauve": "mauve-text",
+}  # of a package, by that of its module
 OURS = {"emoft", "train", "generate", "_typeshed"}
 
 
@@ -35,14 +40,14 @@ def imported() -> set[str]:
 
 
 def test_all_that_is_imported_is_declared() -> None:
-    assert imported() <= set(declared("evaluate", "export", "benchmark"))
+    assert imported() <= set(declared("evaluate", "export", "mauve", "benchmark"))
 
 
 def test_the_versions_tested_with_are_within_the_ranges() -> None:
     tested = pins("requirements.txt")
     assert set(declared()) == set(tested)
     tested |= pins("tests/requirements.txt")
-    for name, requirement in declared("evaluate", "export", "benchmark").items():
+    for name, requirement in declared("evaluate", "export", "mauve", "benchmark").items():
         assert tested[name] in requirement.specifier, name
 
 

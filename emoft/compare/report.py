@@ -15,8 +15,8 @@ from emoft.data.tokens import byte_lengths
 from emoft.device import choose_device
 from emoft.distributed.world import World
 from emoft.errors import UserError
-from emoft.evaluate.assessment import load_text_model, read_format
 from emoft.evaluate.classification import MOST_LABELS, label_scores
+from emoft.evaluate.saved import load_text_model, read_format
 from emoft.evaluate.scoring import score_examples
 from emoft.training.precision import Precision
 from emoft.training.runtime import Runtime

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from emoft import start
 from emoft.config import EvaluateConfig
-from emoft.data.sources import check_file
-from emoft.errors import run
+from emoft.data.sources import check_file, is_folder
+from emoft.errors import UserError, run
 from emoft.files import make_folder
 
 
@@ -19,6 +19,12 @@ def check(config: EvaluateConfig) -> None:
     for name in ("train_file", "test_file"):
         if value := getattr(config, name):
             check_file(f"--{name}", value)
+    if config.judge_model:
+        if not config.generate:
+            raise UserError(
+                f"--judge_model {config.judge_model} judges the texts that the model writes: give --generate N too"
+            )
+        is_folder(config.judge_model, "model", "judge_model")
     if config.output_dir:
         make_folder(Path(config.output_dir))
 

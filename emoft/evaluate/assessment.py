@@ -1,7 +1,7 @@
 """All that is told of a saved model: its figures on a split, and the quality of the texts that it writes."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,88 +11,35 @@ from datasets import Dataset
 from PIL import Image
 
 from emoft.config import EvaluateConfig
-from emoft.data import hub
 from emoft.data.duplicates import mark_duplicates
 from emoft.data.reading import read_evaluation_splits
-from emoft.data.template import TextFormat
 from emoft.data.tokenized import describe_cut, tokenize
 from emoft.device import choose_device
 from emoft.distributed.world import World
 from emoft.errors import UserError, warn
 from emoft.evaluate.classification import Classification, classify, label_scores, log_prior
 from emoft.evaluate.confusion import confusion_map
-from emoft.evaluate.quality import IndependentClassifier, TrainingTexts, assess, format_quality, people, sample
+from emoft.evaluate.independent import IndependentClassifier, fit_independent
+from emoft.evaluate.judge import LanguageJudge, load_judge, mauve_beside_people, mauve_is_available
+from emoft.evaluate.quality import Judges, TrainingTexts, assess, bare_texts, format_quality, people, sample
+from emoft.evaluate.saved import load_text_model, read_format
 from emoft.evaluate.scoring import evaluate, format_figures
 from emoft.evaluate.suspects import Suspicion, cross_fitted, find_suspects, write_suspects
 from emoft.files import (
     CONFUSION_FILE,
     EVALUATION_FILE,
-    FORMAT_FILE,
     SAMPLES_FILE,
     SUSPECTS_FILE,
     finite,
     make_folder,
     write_json,
 )
-from emoft.hints import python
-from emoft.model.attention import use_packed_attention
-from emoft.model.kernels import keep_freed_memory, use_fast_kernels
-from emoft.model.loading import TextModel, check_fit, load_model
+from emoft.model.kernels import keep_freed_memory
+from emoft.model.loading import TextModel
 from emoft.model.steering import build_steering
-from emoft.model.tokenizer import load_tokenizer
 from emoft.terminal import Bar
 from emoft.training.precision import Precision
 from emoft.training.runtime import Runtime
-
-
-def read_format(config: EvaluateConfig) -> TextFormat:
-    """Return the format that the model was trained with, with what the flags change of it.
-
-    Raises:
-        UserError: there is none, and no flag gives one.
-    """
-    name = config.model_name_or_path
-    if name == EvaluateConfig.model_name_or_path and not Path(name).is_dir():
-        raise UserError(
-            f"no folder {name} here: train first with {python()} train.py, or name a model by --model_name_or_path"
-        )
-    folder = hub.model_folder(name, "model_name_or_path", config.model_revision)
-    if (folder / FORMAT_FILE).exists():
-        text_format = TextFormat.load(folder)
-    elif config.template:
-        text_format = TextFormat(config.template)
-    else:
-        raise UserError(
-            f"--model_name_or_path {name} has no {FORMAT_FILE}, which holds its template: give --template, such as"
-            " '{text}' or '{label}: {text}'"
-        )
-    if config.template and config.template != text_format.template:
-        text_format = replace(text_format, template=config.template, labels=[])
-    if config.max_length:
-        text_format = replace(text_format, max_length=config.max_length)
-    if config.append_eos is not None:
-        text_format = replace(text_format, append_eos=config.append_eos)
-    return text_format
-
-
-def load_text_model(name: str, revision: str, text_format: TextFormat, device: torch.device) -> TextModel:
-    """Return a saved model, ready to be evaluated.
-
-    Raises:
-        UserError: it cannot be had, or has fewer positions than a text may be long.
-    """
-    tokenizer = load_tokenizer(name, revision=revision)
-    model = load_model(name, revision)
-    check_fit(model, tokenizer)
-    if text_format.max_length > model.config.n_positions:
-        raise UserError(
-            f"--max_length {text_format.max_length} is above the model's {model.config.n_positions} positions: lower it"
-        )
-    model.to(device)  # type: ignore[arg-type]  # a fault of the library's types
-    use_packed_attention(model)
-    use_fast_kernels(model)
-    model.eval()
-    return TextModel(model, tokenizer, text_format)
 
 
 def assess_model(config: EvaluateConfig) -> dict[str, Any]:
@@ -127,6 +74,11 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
 
     # One process: torchrun is for training.
     runtime = Runtime(World(), Precision(config.mixed_precision, device))
+    judge = None
+    if config.judge_model:
+        judge = load_judge(config.judge_model, runtime, config.per_device_eval_batch_size)
+        if not mauve_is_available():
+            warn("no MAUVE without the package mauve-text: run pip install mauve-text")
     text_model = load_text_model(config.model_name_or_path, config.model_revision, text_format, device)
     tokenizer = text_model.tokenizer
 
@@ -152,7 +104,7 @@ def assess_model(config: EvaluateConfig) -> dict[str, Any]:
     if suspicion:
         results |= suspicion.figures() | {"suspects": [asdict(each) for each in suspicion.suspects]}
     if config.generate:
-        results |= write_and_assess(config, text_model, splits, runtime)
+        results |= write_and_assess(config, text_model, splits, runtime, judge)
     report(config, results, classification, suspicion)
     return results
 
@@ -199,23 +151,26 @@ def judge_labels(
 
 
 def write_and_assess(
-    config: EvaluateConfig, text_model: TextModel, splits: dict[str, Dataset], runtime: Runtime
+    config: EvaluateConfig,
+    text_model: TextModel,
+    splits: dict[str, Dataset],
+    runtime: Runtime,
+    judge: LanguageJudge | None = None,
 ) -> dict[str, Any]:
-    """Return the figures of sampled texts, "generation", and how the classifier that judges them does itself."""
+    """Return the figures of sampled texts, "generation", those of people's, and how the classifiers do themselves."""
     text_format, batch_size = text_model.text_format, config.per_device_eval_batch_size
-    train, results = splits.get("train"), {}
-    training = independent = None
+    train, results = splits.get("train"), dict[str, Any]()
+    judges = Judges(language=judge)
     if train is None:
         warn("no train split: nothing can be said of copies, nor by an independent classifier; give --train_file")
     else:
-        training = TrainingTexts(train["text"])
-        independent = fit_independent(train, text_format)
+        judges = Judges(TrainingTexts(train["text"]), fit_independent(train, text_format), judge)
         test = splits["test"].filter(
             lambda label: label in text_format.labels, input_columns="label", keep_in_memory=True
         )
-        if independent and len(test):
+        for kind, independent in judges.independent.items() if len(test) else ():
             found = independent.classify(test["text"], test["label"], text_format.labels).figures()
-            results = {f"tfidf_{name}": value for name, value in found.items() if name != "classified"}
+            results |= {f"{kind}_{name}": value for name, value in found.items() if name != "classified"}
     options = {
         "temperature": config.temperature,
         "top_k": config.top_k,
@@ -232,24 +187,18 @@ def write_and_assess(
             for result in generated
         ]
         (folder / SAMPLES_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    results["generation"] = assess(text_model, samples, runtime, batch_size, training, independent)
-    human = people(text_model, list(splits["test"]["text"]), list(splits["test"]["label"]), config.generate)
+    results["generation"] = assess(text_model, samples, runtime, batch_size, judges)
+    # Twice as many as the model wrote, whose halves are compared with each other.
+    human = people(text_model, list(splits["test"]["text"]), list(splits["test"]["label"]), 2 * config.generate)
     if human:
-        results["people"] = assess(text_model, human, runtime, batch_size, training, independent)["all"]
+        # Some figures fall as texts become more: as many as the model wrote.
+        few = {label: texts[: config.generate] for label, texts in human.items()}
+        results["people"] = assess(text_model, few, runtime, batch_size, judges)["all"]
+    if human and judge and mauve_is_available():
+        pair = mauve_beside_people(judge, bare_texts(text_model, samples), bare_texts(text_model, human))
+        if pair:
+            results["generation"]["all"]["mauve"], results["people"]["mauve"] = pair
     return results
-
-
-def fit_independent(train: Dataset, text_format: TextFormat) -> IndependentClassifier | None:
-    """Return the independent classifier, fitted on the texts whose label the model knows; None if it cannot be."""
-    if not IndependentClassifier.is_available():
-        warn("no independent classifier without the package scikit-learn: run pip install scikit-learn")
-        return None
-    known = train.filter(lambda label: label in text_format.labels, input_columns="label", keep_in_memory=True)
-    try:
-        return IndependentClassifier(known["text"], known["label"])
-    except ValueError as error:
-        warn(f"no independent classifier, which cannot be fitted on the train split ({str(error).splitlines()[0]})")
-        return None
 
 
 def report(

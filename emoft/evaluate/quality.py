@@ -3,8 +3,11 @@
 Figures of a set of texts, by words as in `emoft.data.words`:
 
 - recognized_by_model: share that the model itself takes for the emotion asked for (`emoft.evaluate.classification`).
-- recognized_by_tfidf: share that an independent classifier takes for it: logistic regression over TF-IDF of words and
-  pairs of words, fitted on the train split.
+- recognized_by_tfidf, recognized_by_letters: share that linear models take for it, over words and over runs of letters,
+  fitted on the train split (`emoft.evaluate.independent`).
+- judge_perplexity, judge_bits_per_byte: by another language model (`emoft.evaluate.judge`).
+- mauve: how near the texts come to people's by that model's features; for people's, how near one half of them comes to
+  the other.
 - distinct_1, _2, _3: different words, pairs and triples of words over all texts, by the number of words (Li et al.,
   2016). It falls as texts become more: compare only sets of the same size.
 - self_repetition: 1 - different / all runs of four words within a text, the mean over texts that have any (seq-rep-4 of
@@ -18,15 +21,19 @@ Figures of a set of texts, by words as in `emoft.data.words`:
 import math
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from emoft.data.tokens import decode, encode_whole
 from emoft.data.words import runs, words
-from emoft.evaluate.classification import Classification, compare, label_scores
+from emoft.evaluate.classification import label_scores
+from emoft.evaluate.independent import KINDS, IndependentClassifier
 from emoft.evaluate.intervals import interval_of_mean
+from emoft.evaluate.judge import LanguageJudge
+from emoft.evaluate.scoring import summarize
 from emoft.model.decoding import build_decoder
 from emoft.model.generation import Generated, choose_generation_precision, generate_all
 from emoft.model.loading import TextModel
@@ -36,41 +43,9 @@ from emoft.training.runtime import Runtime
 COPIED = 8  # consecutive words
 REPEATED = 4
 SELF_BLEU_TEXTS = 200
-SHARES = ("recognized_by_model", "recognized_by_tfidf", "ended", "copied", "copied_whole")
-
-
-class IndependentClassifier:
-    """TF-IDF of words and pairs of words, and logistic regression, by scikit-learn."""
-
-    def __init__(self, texts: Sequence[str], labels: Sequence[str]) -> None:
-        """Fit it.
-
-        Raises:
-            ValueError: fewer than two labels, or texts without words.
-        """
-        # Here, since it need not be installed.
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-
-        # C = 10 is right for 0.877 of the validation messages of dair-ai/emotion, the default of 1 for 0.804.
-        self.pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=10, max_iter=1000))
-        self.pipeline.fit(list(texts), list(labels))
-
-    @staticmethod
-    def is_available() -> bool:
-        """Whether scikit-learn is installed."""
-        return find_spec("sklearn") is not None
-
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        """Return the likeliest label of each text."""
-        return [str(label) for label in self.pipeline.predict(list(texts))]
-
-    def classify(self, texts: Sequence[str], labels: Sequence[str], names: list[str]) -> Classification:
-        """Return how it does on texts whose labels are known, all of them among the names."""
-        numbers = {label: number for number, label in enumerate(names)}
-        true, predicted = (np.array([numbers[label] for label in each]) for each in (labels, self.predict(texts)))
-        return compare(names, true, predicted)
+RECOGNIZED = ("recognized_by_model", *(f"recognized_by_{kind}" for kind in KINDS))
+SHARES = (*RECOGNIZED, "ended", "copied", "copied_whole")
+JUDGED = ("perplexity", "bits_per_byte")  # by another language model
 
 
 class TrainingTexts:
@@ -88,6 +63,15 @@ class TrainingTexts:
     def hold(self, text: str) -> bool:
         """Whether one of them is this text."""
         return " ".join(words(text)) in self.whole
+
+
+@dataclass(frozen=True)
+class Judges:
+    """All that judges texts beside the model that wrote them; of what is missing nothing is said."""
+
+    training: TrainingTexts | None = None  # tells copies
+    independent: dict[str, IndependentClassifier] = field(default_factory=dict)  # by kind, tell what they recognize
+    language: LanguageJudge | None = None
 
 
 def distinct(texts: Sequence[str], length: int) -> float:
@@ -138,27 +122,48 @@ def people(
 ) -> dict[str, list[Generated]]:
     """Return texts that people wrote as if the model had: what the figures of its own are to be compared with.
 
+    They are cut where the model must stop, at its `max_length`, and have ended by themselves if they are not.
+
     Args:
         text_model: knows the labels.
         texts: that it was not trained on.
         labels: of the texts.
-        count: most of each emotion, as many as the model wrote, since some figures fall as texts become more.
+        count: most of each emotion.
     """
-    text_format, found = text_model.text_format, dict[str, list[Generated]]()
+    tokenizer, text_format = text_model.tokenizer, text_model.text_format
+    chosen: dict[str, list[str]] = {}
     for text, label in zip(texts, labels, strict=True):
-        chosen = found.setdefault(label, []) if label in text_format.labels else None
-        if chosen is not None and len(chosen) < count:
-            chosen.append(Generated(text_format.prompt(label), text_format.fill(text, label), 0, True))
+        if label in text_format.labels and len(chosen.setdefault(label, [])) < count:
+            chosen[label].append(text_format.fill(text, label))
+    found = {}
+    for label, filled in chosen.items():
+        whole = encode_whole(tokenizer, filled, text_format)
+        fits = [len(ids) <= text_format.max_length for ids in whole]
+        found[label] = [
+            Generated(
+                text_format.prompt(label), text if fit else decode(tokenizer, ids[: text_format.max_length]), 0, fit
+            )
+            for text, ids, fit in zip(filled, whole, fits, strict=True)
+        ]
     return found
+
+
+def bare_texts(text_model: TextModel, samples: dict[str, list[Generated]]) -> dict[str, list[str]]:
+    """Return the texts of samples by emotion, without the template."""
+    return {
+        label: [text_model.text_format.extract(result.text, label) for result in results]
+        for label, results in samples.items()
+    }
 
 
 def self_bleu(texts: Sequence[str], most: int = SELF_BLEU_TEXTS) -> float:
     """Return how much texts repeat each other: the mean BLEU-4 of each against all others (Zhu et al., 2018).
 
     Counts are smoothed by 1 from pairs of words on (Lin and Och, 2004, method 2), since many texts are short. It costs
-    the square of the number of texts: of more than `most`, the first ones are taken.
+    the square of the number of texts: of more than `most`, so many at even distances are taken.
     """
-    spoken = [words(text) for text in texts[:most]]
+    few = texts if len(texts) <= most else [texts[n * len(texts) // most] for n in range(most)]
+    spoken = [words(text) for text in few]
     grams = [[Counter(runs(text, length)) for length in range(1, 5)] for text in spoken]
     scores = []
     for number, text in enumerate(spoken):
@@ -183,61 +188,73 @@ def assess(
     samples: dict[str, list[Generated]],
     runtime: Runtime,
     batch_size: int,
-    training: TrainingTexts | None = None,
-    independent: IndependentClassifier | None = None,
+    judges: Judges,
 ) -> dict[str, dict[str, Any]]:
-    """Return the figures of samples by emotion, and of all together under "all", there with intervals of the shares.
+    """Return the figures of samples by emotion, and of all together under "all", there with intervals.
 
     Args:
         text_model: with packed attention.
-        samples: by emotion, of `sample`.
+        samples: by emotion, of `sample` or `people`.
         runtime: of the scoring.
         batch_size: filled templates scored at once.
-        training: the train split; without it nothing is said of copies.
-        independent: without it nothing is said of what it recognizes.
+        judges: what else there is to judge them by.
     """
     text_format = text_model.text_format
     labels = [label for label, results in samples.items() for _ in results]
-    results = [result for results in samples.values() for result in results]
-    texts = [text_format.extract(result.text, label) for result, label in zip(results, labels, strict=True)]
-    ended = [result.finished for result in results]
+    texts = [text for texts in bare_texts(text_model, samples).values() for text in texts]
+    ended = [result.finished for results in samples.values() for result in results]
     scores = label_scores(text_model, texts, runtime, batch_size, ended)
     assert scores is not None
+    predicted = {"model": [text_format.labels[best] for best in scores.argmax(1)]}
+    predicted |= {kind: judge.predict(texts) for kind, judge in judges.independent.items()}
     each: dict[str, np.ndarray] = {
-        "recognized_by_model": np.array(
-            [text_format.labels[best] == label for best, label in zip(scores.argmax(1), labels, strict=True)]
-        ),
-        "ended": np.array(ended),
-        "self_repetition": np.array([self_repetition(text) for text in texts]),
+        f"recognized_by_{name}": np.array([a == b for a, b in zip(found, labels, strict=True)])
+        for name, found in predicted.items()
     }
-    if independent:
-        predicted = independent.predict(texts)
-        each["recognized_by_tfidf"] = np.array([a == b for a, b in zip(predicted, labels, strict=True)])
-    if training:
-        each["copied"] = np.array([training.share_a_run(text) for text in texts])
-        each["copied_whole"] = np.array([training.hold(text) for text in texts])
+    each["ended"] = np.array(ended)
+    each["self_repetition"] = np.array([self_repetition(text) for text in texts])
+    if judges.training:
+        each["copied"] = np.array([judges.training.share_a_run(text) for text in texts])
+        each["copied_whole"] = np.array([judges.training.hold(text) for text in texts])
+    judged = judges.language.score(texts, ended) if judges.language else None
 
-    def figures(which: np.ndarray) -> dict[str, Any]:
+    def figures(which: np.ndarray, with_intervals: bool = False) -> dict[str, Any]:
         chosen = [texts[number] for number in np.flatnonzero(which)]
-        found: dict[str, Any] = {name: float(each[name][which].mean()) for name in SHARES if name in each}
+        found: dict[str, Any] = {}
+        for name in SHARES:
+            if name in each:
+                found[name] = float(each[name][which].mean())
+                if with_intervals:
+                    found[f"{name}_interval"] = list(interval_of_mean(each[name][which]))
+        if judged:
+            of_judge = summarize(judged[which]).figures()
+            for name in JUDGED:
+                found[f"judge_{name}"] = of_judge[name]
+                if with_intervals:
+                    found[f"judge_{name}_interval"] = of_judge[f"{name}_interval"]
         repetition = each["self_repetition"][which]
         found["self_repetition"] = float(np.nanmean(repetition)) if not np.isnan(repetition).all() else 0.0
         found |= {f"distinct_{length}": distinct(chosen, length) for length in (1, 2, 3)}
         return found | {"self_bleu": self_bleu(chosen)}
 
     table = {label: figures(np.array([other == label for other in labels])) for label in samples}
-    everything = figures(np.ones(len(texts), dtype=bool))
-    for name in SHARES:
-        if name in each:
-            everything[f"{name}_interval"] = list(interval_of_mean(each[name]))
-    return {**table, "all": everything}
+    return {**table, "all": figures(np.ones(len(texts), dtype=bool), with_intervals=True)}
 
 
 def format_quality(table: dict[str, dict[str, Any]]) -> str:
-    """Return the figures as a table, a line for each emotion."""
+    """Return the figures as a table: a line for each figure, a column for each set of texts, intervals where known."""
     names = [name for name in table["all"] if not name.endswith("_interval")]
-    first = max(map(len, table))
-    lines = [f"{'':{first}}  " + "  ".join(names)]
-    for label, figures in table.items():
-        lines.append(f"{label:{first}}  " + "  ".join(f"{figures[name]:>{len(name)}.3f}" for name in names))
-    return "\n".join(lines)
+    columns = {"": names} | {title: [_cell(found, name) for name in names] for title, found in table.items()}
+    widths = [max(map(len, (title, *cells))) for title, cells in columns.items()]
+    lines = [tuple(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _cell(figures: dict[str, Any], name: str) -> str:
+    if name not in figures:
+        return ""
+    numbers = [figures[name], *figures.get(f"{name}_interval", [])]
+    value, *interval = (f"{number:,.1f}" if abs(number) >= 10 else f"{number:.3f}" for number in numbers)
+    return f"{value} [{', '.join(interval)}]" if interval else value

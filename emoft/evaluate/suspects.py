@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from emoft.data.words import words
+from emoft.evaluate.independent import IndependentClassifier
 from emoft.evaluate.intervals import Interval, intervals
-from emoft.evaluate.quality import IndependentClassifier
 
 FOLDS = 5
 AT_ONCE = 256  # texts whose neighbours are looked for
@@ -79,7 +79,7 @@ class Suspicion:
 def cross_fitted(texts: Sequence[str], labels: Sequence[str], names: Sequence[str], seed: int) -> np.ndarray:
     """Return (N, L) the chance of each label for each text, by a model that has not seen the text, nor a copy of it.
 
-    A logistic regression over TF-IDF, `quality.IndependentClassifier`, for each of five parts of the rows, fitted
+    A logistic regression over TF-IDF, `independent.IndependentClassifier`, for each of five parts of the rows, fitted
     on the four others.
 
     Raises:

@@ -35,17 +35,17 @@ class TextModel:
     text_format: TextFormat
 
 
-def load_model(name: str, revision: str = "main") -> GPT2LMHeadModel:
+def load_model(name: str, revision: str = "main", flag: str = "model_name_or_path") -> GPT2LMHeadModel:
     """Load a GPT-2 from a folder or the Hub, in float32. Its settings of generation are not taken: ours are flags.
 
     Args:
         name: of the folder or repository.
         revision: of the repository.
+        flag: that names it, for messages, without dashes.
 
     Raises:
         UserError: there is none, it is not a GPT-2, or its weights cannot be read, or are not those of a whole GPT-2.
     """
-    flag = "model_name_or_path"
     folder = hub.model_folder(name, flag, revision)
     if not (folder / "config.json").is_file():
         raise UserError(f"--{flag} {name} has no config.json: name a folder that save_pretrained or train.py wrote")

@@ -9,6 +9,8 @@ from conftest import SENTENCES, Result, WarmScripts
 from PIL import Image
 from test_train import flags
 
+from emoft.evaluate.judge import mauve_is_available
+
 EMOTIONS = sorted({label for _, label in SENTENCES})
 
 
@@ -89,6 +91,21 @@ def test_what_train_holds_too_is_left_out_once(evaluate, tmp_path, train_file) -
     assert figures["loss_without_overlap"] == pytest.approx(others["loss"], rel=1e-6)
 
 
+def test_another_model_judges_what_this_one_writes(evaluate, tiny_model, validation_file, train_file) -> None:
+    words = ("--test_file", validation_file, "--train_file", train_file, "--generate", 2, "--judge_model", tiny_model)
+    result = evaluate(*words, "--json")
+    assert result.code == 0, result.err
+    assert ("no MAUVE without the package mauve-text" in result.err) != mauve_is_available()
+    figures = json.loads(result.out)
+    for found in (figures["generation"]["all"], figures["people"]):
+        for name in ("judge_perplexity", "judge_bits_per_byte", "recognized_by_letters"):
+            low, high = found[f"{name}_interval"]
+            assert low <= found[name] <= high
+    assert figures["letters_emotion_accuracy"] > 0.5
+    table = evaluate(*words).out
+    assert "judge_perplexity" in table and "people" in table
+
+
 def test_without_a_train_split_it_says_what_it_cannot_tell(evaluate, validation_file) -> None:
     result = evaluate("--test_file", validation_file, "--generate", 1, "--json")
     assert result.code == 0, result.err
@@ -141,14 +158,18 @@ def test_a_data_set_in_a_folder(evaluate, tmp_path) -> None:
         (["--model_name_or_path=bare", "--test_file=test.txt"], ["emoft.json", "--template"]),
         (["--model_name_or_path=nowhere", "--test_file=test.txt"], ["nowhere: no such folder", "name a local folder"]),
         (["--test_file=test.txt", "--template={text} ({label})", "--generate=2"], ["--generate 2", "before {text}"]),
+        (["--test_file=test.txt", "--judge_model=bare"], ["--judge_model bare", "--generate N"]),
+        (["--test_file=test.txt", "--judge_model=./nowhere", "--generate=2"], ["--judge_model ./nowhere: no such"]),
+        (["--test_file=test.txt", "--judge_model=empty", "--generate=2"], ["--judge_model empty"]),
         (["--test_file=plain.csv", "--delimiter=,"], ["no column 'label'", "--template without {label}"]),
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_errors_take_one_line(evaluate, tmp_path, tiny_model, words: list[str], parts: list[str]) -> None:
     (tmp_path / "test.txt").write_text("a text;joy\n")
     (tmp_path / "plain.csv").write_text("text\na text\n")
     (tmp_path / "bare").symlink_to(tiny_model)
+    (tmp_path / "empty").mkdir()
     result = evaluate(*words)
     assert result.code == 2
     (line,) = result.error_lines

@@ -8,12 +8,15 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from emoft.data.template import TextFormat
 from emoft.distributed.world import World
+from emoft.evaluate.independent import IndependentClassifier
+from emoft.evaluate.judge import LanguageJudge
 from emoft.evaluate.quality import (
-    IndependentClassifier,
+    Judges,
     TrainingTexts,
     assess,
     distinct,
     format_quality,
+    people,
     sample,
     self_bleu,
     self_repetition,
@@ -85,8 +88,9 @@ def test_figures_of_known_texts(parts) -> None:
             Generated("fear:", "fear: the dark street the dark street the dark street", 9, True),
         ],
     }
-    independent = IndependentClassifier(texts, labels)
-    table = assess(TextModel(*parts, text_format), samples, RUNTIME, 4, TrainingTexts(texts), independent)
+    judge = LanguageJudge(TextModel(*parts, TextFormat("{text}")), RUNTIME, 4)
+    judges = Judges(TrainingTexts(texts), {"tfidf": IndependentClassifier(texts, labels)}, judge)
+    table = assess(TextModel(*parts, text_format), samples, RUNTIME, 4, judges)
     assert (table["joy"]["recognized_by_tfidf"], table["fear"]["recognized_by_tfidf"]) == (1, 0.5)
     assert [table[name]["ended"] for name in ("joy", "fear", "all")] == [1, 0.5, 0.75]
     assert [table[name]["copied"] for name in ("joy", "fear", "all")] == [0.5, 0, 0.25]
@@ -95,7 +99,28 @@ def test_figures_of_known_texts(parts) -> None:
     assert table["joy"]["distinct_1"] == 1
     low, high = table["all"]["copied_interval"]
     assert low <= 0.25 <= high
-    assert format_quality(table).splitlines()[2].split()[0] == "fear"
+    for label, (first, second) in samples.items():
+        scores = judge.score(
+            [each.text.removeprefix(f"{label}: ") for each in (first, second)],
+            [each.finished for each in (first, second)],
+        )
+        assert table[label]["judge_perplexity"] == pytest.approx(math.exp(scores.nats.sum() / scores.tokens.sum()))
+    low, high = table["all"]["judge_perplexity_interval"]
+    assert low <= table["all"]["judge_perplexity"] <= high
+    lines = {line.split()[0]: line.split()[1:] for line in format_quality(table).splitlines()}
+    assert lines["joy"] == ["fear", "all"]
+    assert lines["ended"][:3] == ["1.000", "0.500", "0.750"] and lines["ended"][3].startswith("[")
+
+
+def test_peoples_texts_are_cut_as_the_models(parts) -> None:
+    text_model = TextModel(*parts, TextFormat("{label}: {text}", max_length=12, labels=["fear", "joy"]))
+    texts = ["so it is", "and on and on and on and on and on and on and on and on", "more", "of others"]
+    found = people(text_model, texts, ["joy", "joy", "joy", "blue"], 2)
+    (short, long) = found.pop("joy")
+    assert found == {}
+    assert (short.text, short.finished) == ("joy: so it is", True)
+    assert not long.finished and "joy: and on and on".startswith(long.text[:10])
+    assert len(parts[1](long.text)["input_ids"]) <= 12 < len(parts[1](f"joy: {texts[1]}")["input_ids"])
 
 
 def test_samples_are_of_the_emotion_asked_for(parts) -> None:
@@ -126,3 +151,9 @@ def test_self_bleu_by_hand() -> None:
     """Of "a b c" against "a b d": 2 of 3 words, then, each smoothed by 1, (1 + 1) / (2 + 1), 1 / 2 and 1 / 1."""
     expected = (2 / 3 * 2 / 3 * 1 / 2 * 1) ** 0.25
     assert self_bleu(["a b c", "a b d"]) == pytest.approx(expected)
+
+
+def test_self_bleu_takes_texts_of_all_kinds() -> None:
+    """Of many texts it takes some at even distances, since they stand in the order of their emotions."""
+    texts = [f"a{n} b{n} c{n} d{n}" for n in range(4)] + ["the same as ever"] * 4
+    assert self_bleu(texts, most=4) == self_bleu(texts[::2])
