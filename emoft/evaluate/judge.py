@@ -8,7 +8,9 @@ low perplexity alone is no merit (the same simple sentence again and again has o
 of texts that people wrote, judged in the same way.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 import numpy as np
@@ -27,7 +29,7 @@ from emoft.model.loading import TextModel
 from emoft.training.runtime import Runtime
 
 FLAG = "judge_model"
-CLUSTER = 39  # texts in a cluster of k-means, on average: with fewer, faiss warns that it tells little
+FEWEST = 40  # texts of each kind, below which MAUVE, which puts them into clusters of 20, says nothing
 
 
 class LanguageJudge:
@@ -116,14 +118,27 @@ def mauve(first: np.ndarray, second: np.ndarray) -> float:
     """Return how near two sets of texts come to each other, from 0 to 1 (MAUVE: Pillutla et al., 2021).
 
     Args:
-        first: (N, C) features, N no less than `CLUSTER`.
-        second: (M, C) features, likewise.
+        first: (N, C) features.
+        second: (M, C) features.
     """
     # Here, since it need not be installed.
     from mauve import compute_mauve
 
-    clusters = (len(first) + len(second)) // CLUSTER
-    return float(compute_mauve(p_features=first, q_features=second, num_buckets=clusters).mauve)
+    with _quiet():
+        return float(compute_mauve(p_features=first, q_features=second).mauve)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let nothing reach standard error: faiss warns of clusters of fewer than 39 texts, which MAUVE wants so."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def mauve_beside_people(
@@ -147,7 +162,7 @@ def mauve_beside_people(
         own += texts[:count]
         first += human.get(label, [])[0 : 2 * count : 2]
         second += human.get(label, [])[1 : 2 * count : 2]
-    if len(own) < CLUSTER:
+    if len(own) < FEWEST:
         return None
     features = [judge.features(each) for each in (own, first, second)]
     return mauve(features[0], features[1]), mauve(features[2], features[1])

@@ -12,9 +12,10 @@ from emoft.data.template import TextFormat
 from emoft.data.tokens import encode_whole, tokenize
 from emoft.distributed.world import World
 from emoft.errors import UserError
-from emoft.evaluate.judge import CLUSTER, LanguageJudge, load_judge, mauve, mauve_beside_people, mauve_is_available
+from emoft.evaluate.judge import FEWEST, LanguageJudge, load_judge, mauve, mauve_beside_people, mauve_is_available
 from emoft.evaluate.saved import load_text_model
 from emoft.evaluate.scoring import evaluate, summarize
+from emoft.model.loading import TextModel
 from emoft.training.precision import Precision
 from emoft.training.runtime import Runtime
 
@@ -49,16 +50,11 @@ def test_only_what_ended_is_judged_for_its_end(judge: LanguageJudge) -> None:
 
 
 def test_an_empty_text_has_nothing_to_predict(judge: LanguageJudge) -> None:
-    bare = LanguageJudge(
-        load_text_model_as(judge, TextFormat("{text}")), RUNTIME, 4
-    )  # fmt: skip
+    same = judge.text_model
+    bare = LanguageJudge(TextModel(same.model, same.tokenizer, TextFormat("{text}")), RUNTIME, 4)
     scores = bare.score(["", "we laughed"], [False, True])
     assert scores.tokens[0] == 0 and scores.nats[0] == 0 and scores.tokens[1] > 1
     assert bare.features(["", "we laughed"]).shape[0] == 2
-
-
-def load_text_model_as(judge: LanguageJudge, text_format: TextFormat):
-    return type(judge.text_model)(judge.text_model.model, judge.text_model.tokenizer, text_format)
 
 
 def test_features_are_the_last_hidden_state_of_the_last_token(judge: LanguageJudge) -> None:
@@ -83,10 +79,11 @@ def test_a_judge_is_not_told_the_emotion(tiny_model, tmp_path) -> None:
 
 
 @needs_mauve
-def test_mauve_is_high_for_texts_of_one_kind() -> None:
+def test_mauve_is_high_for_texts_of_one_kind(capfd: pytest.CaptureFixture[str]) -> None:
     random = np.random.default_rng(0)
     same, other = random.normal(size=(2, 200, 8)), random.normal(size=(200, 8)) + 2
     assert mauve(same[0], same[1]) > 0.8 > 0.2 > mauve(same[0], other)
+    assert capfd.readouterr().err == ""
 
 
 @needs_mauve
@@ -114,5 +111,5 @@ def test_mauve_compares_as_many_texts_of_each_emotion(judge: LanguageJudge) -> N
 
 
 def test_of_few_texts_mauve_says_nothing(judge: LanguageJudge) -> None:
-    few = [f"text {n}" for n in range(CLUSTER - 1)]
+    few = [f"text {n}" for n in range(FEWEST - 1)]
     assert mauve_beside_people(judge, {"joy": few}, {"joy": few * 2}) is None
