@@ -224,7 +224,7 @@ def report(
         print("\n" + "\n".join(suspicion.describe()))
     if "generation" in results:
         table = results["generation"] | ({"people": results["people"]} if "people" in results else {})
-        print(f"\n{config.generate} texts for each emotion; people: as many of the texts evaluated on")
+        print(f"\n{config.generate} texts for each emotion; people: at most as many of the texts evaluated on")
         print(format_quality(table))
     if config.output_dir:
         print(f"\nsaved in {config.output_dir}")

@@ -220,7 +220,7 @@ def assess(
 
     def figures(which: np.ndarray, with_intervals: bool = False) -> dict[str, Any]:
         chosen = [texts[number] for number in np.flatnonzero(which)]
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"texts": len(chosen)}
         for name in SHARES:
             if name in each:
                 found[name] = float(each[name][which].mean())
@@ -255,6 +255,8 @@ def format_quality(table: dict[str, dict[str, Any]]) -> str:
 def _cell(figures: dict[str, Any], name: str) -> str:
     if name not in figures:
         return ""
+    if isinstance(figures[name], int):
+        return f"{figures[name]:,}"
     numbers = [figures[name], *figures.get(f"{name}_interval", [])]
     value, *interval = (f"{number:,.1f}" if abs(number) >= 10 else f"{number:.3f}" for number in numbers)
     return f"{value} [{', '.join(interval)}]" if interval else value

@@ -108,7 +108,8 @@ def test_figures_of_known_texts(parts) -> None:
     low, high = table["all"]["judge_perplexity_interval"]
     assert low <= table["all"]["judge_perplexity"] <= high
     lines = {line.split()[0]: line.split()[1:] for line in format_quality(table).splitlines()}
-    assert lines["joy"] == ["fear", "all"]
+    assert list(lines)[:2] == ["joy", "texts"] and lines["joy"] == ["fear", "all"]
+    assert lines["texts"] == ["2", "2", "4"]
     assert lines["ended"][:3] == ["1.000", "0.500", "0.750"] and lines["ended"][3].startswith("[")
 
 
