@@ -41,8 +41,8 @@ def test_every_flag_it_names_exists(page: Path) -> None:
     known = {"config", "help"}.union(*(config.__dataclass_fields__ for config in configs))
     known |= {f"no_{name}" for name in known}
     others = {"logdir", "logdir_spec", "samples_per_plugin"}  # of tensorboard
-    others |= {"standalone", "nnodes", "nproc_per_node", "max_restarts", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf"}
-    others |= {"shutdown_timeout"}
+    others |= {"standalone", "nnodes", "nproc_per_node", "max_restarts", "rdzv_backend", "rdzv_endpoint"}
+    others |= {"rdzv_id", "rdzv_conf", "shutdown_timeout"}
     others |= {"tuning", "tokenizer"}  # of tests/faults.py and tests/million.py
     others |= {"nodes", "ntasks", "gpus", "cpus", "signal", "requeue"}  # of Slurm
     named = set(re.findall(r"--([a-z_]+)", page.read_text(encoding="utf-8")))

@@ -97,7 +97,7 @@ def test_a_start_says_what_it_does_and_ctrl_c_ends_it_with_a_line(folder: Path) 
 
 @pytest.mark.parametrize("seconds", [0.1, 1.0, 3.0])
 def test_ctrl_c_at_any_moment_of_the_start(folder: Path, seconds: float) -> None:
-    """Whatever is being imported or read then, there is no traceback, but in Python's own start, which is waited for."""
+    """Whatever is being imported or read then, there is no traceback. (Python's own start is waited for.)"""
     begun = time.monotonic()
     subprocess.run([sys.executable, "-c", "import logging"], check=True)
     seconds = max(seconds, 3 * (time.monotonic() - begun))

@@ -47,6 +47,7 @@ class BenchmarkConfig:
     warmup_steps: Count = option(10, "training steps before the first turn")
     prompts: Count = option(64, "with generation: prompts in a turn; with classification: texts")
     max_new_tokens: Count = option(32, "with generation: longest continuation in tokens")
+    greedy: bool = option(False, "with generation: take the likeliest token each time instead of drawing it")
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "of emoft and the tuned Trainer, as for train.py", begins_group="Speed and output"

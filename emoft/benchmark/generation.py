@@ -1,10 +1,11 @@
 """How fast texts are generated, beside other ways to do it: many prompts at once, and a single one.
 
-All continue the same prompts, drawing with the same settings, by the same number of tokens: like is compared with like,
-many at once with many at once, in one precision. `pipeline("text-generation")` comes twice, since by its defaults it
-takes a prompt at a time in float32. CTranslate2 and ONNX Runtime take part where they are installed.
+All continue the same prompts by the same settings and the same number of tokens: like is compared with like, many at
+once with many at once, in one precision. `pipeline("text-generation")` comes twice, since by its defaults it takes a
+prompt at a time in float32. CTranslate2 and ONNX Runtime take part where they are installed.
 """
 
+import copy
 import importlib.util
 import statistics
 import tempfile
@@ -24,6 +25,7 @@ from emoft.benchmark.config import BenchmarkConfig, Report
 from emoft.benchmark.contenders import Contender
 from emoft.benchmark.lengths import draw_lengths
 from emoft.benchmark.machine import measure_bandwidth
+from emoft.data.tokens import decode
 from emoft.device import choose_device, peak_memory, reset_peak_memory, synchronize
 from emoft.model.decoding import build_decoder
 from emoft.model.generation import choose_generation_precision, encode_prompt, generate_all
@@ -57,6 +59,11 @@ class Setting:
         """Return that of emoft and of those that compute like it, as generate.py chooses it."""
         return choose_generation_precision(self.config.mixed_precision, self.device, texts)
 
+    def drawing(self) -> dict[str, Any]:
+        """Return how tokens are chosen, by the words of `GenerationConfig`."""
+        draws = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
+        return {"do_sample": False} if self.config.greedy else draws
+
 
 @dataclass
 class GenerationRow:
@@ -71,11 +78,12 @@ class GenerationRow:
     peak_memory_gib: float | None
 
 
-def draw_prompts(count: int, seed: int) -> list[str]:
-    """Return prompts of different lengths, in words a third of those that messages have in tokens."""
-    lengths = draw_lengths(count, 64, seed) // 3
-    spoken = SENTENCE.split()
-    return [" ".join((spoken * 4)[number % len(spoken) :][: max(1, length)]) for number, length in enumerate(lengths)]
+def draw_prompts(count: int, seed: int, tokenizer: GPT2Tokenizer) -> list[str]:
+    """Return prompts of different lengths: a third of the tokens that real messages have."""
+    words, lengths = SENTENCE.split(), draw_lengths(count, 64, seed) // 3
+    texts = [" ".join((words * 9)[number % len(words) :]) for number in range(count)]
+    tokens = [encode_prompt(tokenizer, text)[: max(1, length)] for text, length in zip(texts, lengths, strict=True)]
+    return [decode(tokenizer, ids) for ids in tokens]
 
 
 def load(name: str, seed: int) -> tuple[GPT2LMHeadModel, GPT2Tokenizer]:
@@ -95,7 +103,7 @@ def by_emoft(setting: Setting, int8: bool = False) -> Continue:
 
     def generate(prompts: list[str], count: int) -> int:
         decoder = decoders[1 if len(prompts) == 1 else setting.config.prompts]
-        options: dict[str, Any] = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
+        options: dict[str, Any] = setting.drawing()
         results = generate_all(decoder, setting.tokenizer, prompts, len(prompts), max_new_tokens=count, **options)
         return sum(result.new_tokens + result.finished for (result,) in results)
 
@@ -122,10 +130,8 @@ def by_generate(setting: Setting) -> Continue:
                 ids,
                 attention_mask=mask,
                 max_new_tokens=count,
-                do_sample=True,
-                temperature=TEMPERATURE,
-                top_k=TOP_K,
                 pad_token_id=end,
+                **setting.drawing(),
             )
         setting.tokenizer.batch_decode(output[:, width:])
         return sum(up_to(end, row) for row in output[:, width:].tolist())
@@ -144,7 +150,7 @@ def by_pipeline(setting: Setting, batched: bool) -> Continue:
     setting.tokenizer.pad_token = setting.tokenizer.eos_token
 
     def generate(prompts: list[str], count: int) -> int:
-        options = {"max_new_tokens": count, "do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
+        options = {"max_new_tokens": count, **setting.drawing()}
         if batched:
             with setting.precision(len(prompts)).autocast():
                 results = generator(prompts, batch_size=len(prompts), return_tensors=True, **options)
@@ -167,10 +173,11 @@ def by_ctranslate2(setting: Setting, compute_type: str) -> Continue:
 
     with tempfile.TemporaryDirectory() as folder:
         setting.model.save_pretrained(folder)
-        # It wants a name for each token that the model has.
-        missing = setting.model.config.vocab_size - len(setting.tokenizer)
-        setting.tokenizer.add_tokens([f"<unused-{number}>" for number in range(missing)])
-        setting.tokenizer.save_pretrained(folder)
+        # It wants a name for each token that the model has; in a copy, since to look for them in texts takes long.
+        tokenizer = copy.deepcopy(setting.tokenizer)
+        missing = setting.model.config.vocab_size - len(tokenizer)
+        tokenizer.add_tokens([f"<unused-{number}>" for number in range(missing)])
+        tokenizer.save_pretrained(folder)
         ctranslate2.converters.TransformersConverter(folder).convert(f"{folder}/converted")
         generator = ctranslate2.Generator(
             f"{folder}/converted",
@@ -185,8 +192,8 @@ def by_ctranslate2(setting: Setting, compute_type: str) -> Continue:
             [setting.tokenizer.convert_ids_to_tokens(text) for text in texts],
             max_length=count,
             include_prompt_in_result=False,
-            sampling_topk=TOP_K,
-            sampling_temperature=TEMPERATURE,
+            sampling_topk=1 if setting.config.greedy else TOP_K,
+            sampling_temperature=1.0 if setting.config.greedy else TEMPERATURE,
         )
         setting.tokenizer.batch_decode([result.sequences_ids[0] for result in results])
         # Of a text that has ended, its end-of-text is a token that was made, but is not among them.
@@ -200,7 +207,7 @@ def by_onnx(setting: Setting, int8: bool) -> Continue:
     from emoft.benchmark.onnx_generation import OnnxGenerator  # only where the packages are installed
 
     generator = OnnxGenerator(setting.model, int8)
-    end, sampling = setting.tokenizer.eos_token_id, Sampling(True, TEMPERATURE, TOP_K)
+    end, sampling = setting.tokenizer.eos_token_id, Sampling(**setting.drawing())
 
     def generate(prompts: list[str], count: int) -> int:
         texts = [encode_prompt(setting.tokenizer, prompt) for prompt in prompts]
@@ -230,12 +237,17 @@ def contenders_of(config: BenchmarkConfig) -> dict[str, tuple[Callable[..., Cont
 
 
 def run_generation(pipe: Connection, kind: str, config: BenchmarkConfig) -> None:
-    """Be a contender: whenever it is its turn, continue all prompts, then one, and tell the seconds and the memory."""
+    """Be a contender: whenever it is its turn, continue all prompts, then one, and tell the seconds and the memory.
+
+    The first turn is to prepare, so that none does it while another is measured.
+    """
+    pipe.recv()
     device = choose_device(config.use_cpu)
     transformers_logging.disable_progress_bar()
     build, arguments = contenders_of(config)[kind]
-    generate = build(Setting(*load(config.model_name_or_path, config.seed), device, config), *arguments)
-    prompts = draw_prompts(config.prompts, config.seed)
+    model, tokenizer = load(config.model_name_or_path, config.seed)
+    prompts = draw_prompts(config.prompts, config.seed, tokenizer)
+    generate = build(Setting(model, tokenizer, device, config), *arguments)
 
     def measure(part: list[str], count: int) -> tuple[float, int]:
         torch.manual_seed(config.seed)
@@ -246,6 +258,7 @@ def run_generation(pipe: Connection, kind: str, config: BenchmarkConfig) -> None
         return time.perf_counter() - started, made
 
     generate(prompts[:WARMUP_PROMPTS], 2)
+    pipe.send({})
     while True:
         pipe.recv()
         reset_peak_memory(device)
@@ -283,8 +296,12 @@ def compare_generation(config: BenchmarkConfig) -> Report:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with (
         started(names, config) as contenders,
-        Bar("Comparing", "turns", config.turns * len(contenders)) as bar,
+        Bar("Comparing", "turns", (1 + config.turns) * len(contenders)) as bar,
     ):
+        for contender in contenders:
+            bar.note = f"preparing {contender.kind}"
+            contender.turn()
+            bar.advance()
         for contender in contenders * config.turns:
             bar.note = contender.kind
             results[contender.kind].append(contender.turn())
