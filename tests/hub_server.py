@@ -16,12 +16,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from datasets import ClassLabel, Dataset, Features, Value
+
 FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repository>.+?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<repository>[^/]+(/[^/]+)??)"
     r"(/(?P<call>revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<path>.+))?)?"
 )
 LARGE = (".safetensors", ".parquet")
+LABELS = ["sadness", "joy", "love", "anger", "fear", "surprise"]  # of dair-ai/emotion, in its order
+EMOTION_CARD = """---
+configs:
+- config_name: split
+  data_files:
+  - split: train
+    path: split/train-*
+  - split: validation
+    path: split/validation-*
+  - split: test
+    path: split/test-*
+  default: true
+- config_name: unsplit
+  data_files:
+  - split: train
+    path: unsplit/train-*
+---
+"""
 
 
 def free_port() -> int:
@@ -32,6 +52,23 @@ def free_port() -> int:
 def object_id(content: bytes) -> str:
     """The name that git gives a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def write_emotion(repositories: Path, files: dict[str, list[tuple[str, str]]]) -> None:
+    """Write dair-ai/emotion as it lies on the Hub.
+
+    Args:
+        repositories: the folder that a `HubServer` serves.
+        files: text and label of each row of split/train, split/validation, split/test, and unsplit/train.
+    """
+    folder = repositories / "datasets" / "dair-ai" / "emotion"
+    features = Features({"text": Value("string"), "label": ClassLabel(names=LABELS)})
+    for name, rows in files.items():
+        columns = {"text": [text for text, _ in rows], "label": [LABELS.index(label) for _, label in rows]}
+        path = folder / f"{name}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict(columns, features=features).to_parquet(path)
+    (folder / "README.md").write_text(EMOTION_CARD, encoding="utf-8")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -77,9 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(401, error="RepoNotFound")
 
         for root in [repositories / name, *repositories.glob(f"{name}@*")]:
-            paths = [file for file in root.rglob("*") if file.is_file()]
-            files = {file.relative_to(root).as_posix(): file.read_bytes() for file in paths}
-            ids = "".join(sorted(f"{path} {object_id(files[path])}\n" for path in files))
+            files = {file.relative_to(root).as_posix(): file for file in root.rglob("*") if file.is_file()}
+            ids = "".join(sorted(f"{path} {self.server.id_of(file)}\n" for path, file in files.items()))
             self.commit = hashlib.sha1(ids.encode()).hexdigest()
             branch = root.name.partition("@")[2] or "main"
             if (match["revision"] or "main") in (branch, self.commit):
@@ -93,27 +129,27 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in files]
         return self.send_json({"id": name, "sha": self.commit, "private": False, "tags": [], "siblings": siblings})
 
-    def send_file(self, path: str, files: dict[str, bytes]) -> None:
+    def send_file(self, path: str, files: dict[str, Path]) -> None:
         if path not in files:
             return self.send(404, error="EntryNotFound", X_Repo_Commit=self.commit)
-        content, etag = files[path], f'"{object_id(files[path])}"'
+        etag = f'"{self.server.id_of(files[path])}"'
         if path.endswith(LARGE) and not self.headers["Host"].startswith("localhost"):
             # "localhost" is another host to the client: it takes what it knows of the file from this answer.
             return self.send(
                 302,
                 Location=f"http://localhost:{self.server.server_port}{self.path}",
                 X_Repo_Commit=self.commit,
-                X_Linked_Size=str(len(content)),
+                X_Linked_Size=str(files[path].stat().st_size),
                 X_Linked_ETag=etag,
             )
-        return self.send(200, content, X_Repo_Commit=self.commit, ETag=etag)
+        return self.send(200, files[path].read_bytes(), X_Repo_Commit=self.commit, ETag=etag)
 
-    def send_entries(self, match: re.Match[str], files: dict[str, bytes]) -> None:
+    def send_entries(self, match: re.Match[str], files: dict[str, Path]) -> None:
         """Send the files and folders in a folder, or those with the paths that the body of the request lists."""
         folders = {parent for path in files for parent in PurePosixPath(path).parents}
         entries = [
-            {"type": "file", "path": path, "size": len(content), "oid": object_id(content)}
-            for path, content in files.items()
+            {"type": "file", "path": path, "size": file.stat().st_size, "oid": self.server.id_of(file)}
+            for path, file in files.items()
         ] + [{"type": "directory", "path": str(path), "size": 0, "oid": object_id(bytes(path))} for path in folders]
         if match["call"] == "paths-info":
             wanted = parse_qs(self.body)["paths"]
@@ -170,8 +206,17 @@ class HubServer(ThreadingHTTPServer):
         """
         self.folder, self.status, self.page, self.cuts = folder, status, page, cuts
         self.requests: list[str] = []
+        self.ids: dict[tuple[Path, int, int], str] = {}  # of files, with their sizes and times
         super().__init__(("127.0.0.1", port), Handler)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def id_of(self, file: Path) -> str:
+        """The name that git gives a file; that of a large one is computed once."""
+        state = file.stat()
+        key = (file, state.st_size, state.st_mtime_ns)
+        if key not in self.ids:
+            self.ids[key] = object_id(file.read_bytes())
+        return self.ids[key]
 
     def __exit__(self, *error: object) -> None:
         self.shutdown()

@@ -15,31 +15,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
+from conditional_recipe import check_run
 from conftest import ROOT, SENTENCES, Result, WarmScripts, environment, run_fresh
-from datasets import ClassLabel, Dataset, Features, Value
-from hub_server import HubServer, free_port
+from datasets import Dataset
+from hub_server import LABELS, HubServer, free_port, write_emotion
 from safetensors.torch import load_file
 
 from emoft.data.hub import PROBE_SECONDS
 
-LABELS = ["sadness", "joy", "love", "anger", "fear", "surprise"]
-CARD = """---
-configs:
-- config_name: split
-  data_files:
-  - split: train
-    path: split/train-*
-  - split: validation
-    path: split/validation-*
-  - split: test
-    path: split/test-*
-  default: true
-- config_name: unsplit
-  data_files:
-  - split: train
-    path: unsplit/train-*
----
-"""
 UNKNOWN_HOST = "http://no-such-host.invalid"
 # In a fresh process the imports come on top: six seconds on a quiet machine, and no matter of the Hub.
 START_SECONDS = 10  # for a process with its imports behind it, from noticing how things stand to the end of a tiny run
@@ -134,8 +117,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[
     hub = Hub(tmp_path_factory.mktemp("hub"))
     gpt2 = hub.repositories / "models" / "openai-community" / "gpt2"
     bare = hub.repositories / "models" / "someone" / "no-tokenizer"
-    emotion = hub.repositories / "datasets" / "dair-ai" / "emotion"
-    for folder in (gpt2, bare, emotion / "split", emotion / "unsplit"):
+    for folder in (gpt2, bare):
         folder.mkdir(parents=True)
     for file in tiny_model.iterdir():
         (gpt2 / file.name).write_bytes(file.read_bytes())
@@ -144,13 +126,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[
     (gpt2 / "pytorch_model.bin").write_bytes(b"the same, for older programs")
     shutil.copytree(gpt2, bare.parent / "bin-only", ignore=shutil.ignore_patterns("*.safetensors"))
     (bare.parent / "bin-only" / "pytorch_model.bin").write_bytes(b"weights")
-    rows = Dataset.from_dict(
-        {"text": [text for text, _ in SENTENCES], "label": [LABELS.index(label) for _, label in SENTENCES]},
-        features=Features({"text": Value("string"), "label": ClassLabel(names=LABELS)}),
-    )
-    for name in ("split/train", "split/validation", "split/test", "unsplit/train"):
-        rows.to_parquet(emotion / f"{name}-00000-of-00001.parquet")
-    (emotion / "README.md").write_text(CARD, encoding="utf-8")
+    files = ("split/train", "split/validation", "split/test", "unsplit/train")
+    write_emotion(hub.repositories, dict.fromkeys(files, SENTENCES))
     yield hub
     hub.close()
 
@@ -306,6 +283,20 @@ def test_a_model_of_ours_is_used_as_a_folder_of_ours(cached: Hub, tmp_path: Path
     assert wrong.code == 2 and "did you mean joy?" in wrong.err
     assert figures.code == 0 and "accuracy" in figures.out, figures.err
     assert cached("generate.py", "--model_name_or_path=someone/ours", "--emotion=joy", cwd=tmp_path).out == said.out
+
+
+def test_the_recipe_of_the_pretrained_model(cached: Hub, tmp_path: Path) -> None:
+    """The short form of conditional_recipe.py, which takes a model of GPT-2's size and stops and resumes as well."""
+    with cached.up():
+        done = cached("train.py", "--config=conditional", "--max_steps=2", cwd=tmp_path)
+        assert done.code == 0, done.err
+        model = "--model_name_or_path=gpt2-emotion-conditional"
+        check_run(tmp_path / "gpt2-emotion-conditional")
+        judged = cached("-m", "emoft.evaluate", model, "--generate=1", cwd=tmp_path)
+        words = ["generate.py", model, "--emotion=joy", "--do_sample", "--strength=1", "--quantize=int8"]
+        said = cached(*words, cwd=tmp_path)
+    assert judged.code == 0 and "accuracy" in judged.out, judged.err
+    assert said.code == 0 and said.out.startswith("joy:"), said.err
 
 
 def test_a_download_that_cannot_be_finished(hub: Hub, tmp_path: Path, train_file: Path) -> None:
