@@ -36,7 +36,7 @@ def test_each_rung_is_the_same_step(still_model: Path, name: str) -> None:
         other_losses, other = train(name, still_model, precision)
         assert other_losses == pytest.approx(losses, rel=tolerance)
         if precision == "no":
-            torch.testing.assert_close(other, weights, rtol=1e-3, atol=2e-5)
+            torch.testing.assert_close(other, weights, rtol=1e-3, atol=5e-5)
 
 
 def test_each_rung_adds_one_thing() -> None:
