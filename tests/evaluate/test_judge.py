@@ -9,7 +9,8 @@ from conftest import SENTENCES
 from datasets import Dataset
 
 from emoft.data.template import TextFormat
-from emoft.data.tokens import encode_whole, tokenize
+from emoft.data.tokenized import tokenize
+from emoft.data.tokens import encode_whole
 from emoft.distributed.world import World
 from emoft.errors import UserError
 from emoft.evaluate.judge import FEWEST, LanguageJudge, load_judge, mauve, mauve_beside_people, mauve_is_available
