@@ -20,9 +20,13 @@ TEXTS = [[5, 9, 2, 7, 0], [11, 4, 0], [3, 3, 8, 1, 6, 2, 0], [12, 0]]
 
 
 def train(name: str, model_dir: Path, precision: str) -> tuple[list[float], torch.Tensor]:
-    """The losses of three steps on one rung, and the weights afterwards."""
+    """The losses of three steps on one rung, and the weights afterwards.
+
+    AdamW divides by the size of a gradient, and would show the rounding of the smallest ones as large as a step: its
+    term against division by zero is above that.
+    """
     model = GPT2LMHeadModel.from_pretrained(model_dir).train()
-    config = TrainConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5)
+    config = TrainConfig(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5, adam_epsilon=1e-5)
     rung = Rung(name, model, config, Precision(precision, torch.device("cpu")))
     losses = [float(rung.step(rung.collate(TEXTS[start : start + 3]))) for start in (0, 1, 0)]
     return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -36,7 +40,7 @@ def test_each_rung_is_the_same_step(still_model: Path, name: str) -> None:
         other_losses, other = train(name, still_model, precision)
         assert other_losses == pytest.approx(losses, rel=tolerance)
         if precision == "no":
-            torch.testing.assert_close(other, weights, rtol=1e-3, atol=5e-5)
+            torch.testing.assert_close(other, weights, rtol=1e-3, atol=2e-6)
 
 
 def test_each_rung_adds_one_thing() -> None:
