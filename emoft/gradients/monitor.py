@@ -300,19 +300,29 @@ def histogram(tensors: Sequence[Tensor]) -> Tensor:
         how many are in each bin, and how many are not finite.
     """
     parts = [tensor.detach().flatten() for tensor in tensors]
-    device = parts[0].device
-    low, high = _range(parts)
+    device, kind = parts[0].device, sums_type(parts[0].device)
+    low, high = _ends(parts)
+    # On a CPU it costs nothing to know whether all are finite, and more than the counting to leave some out.
+    leaves_out = device.type != "cpu" or not bool(low.isfinite() & high.isfinite())
+    if leaves_out:
+        low = _ends([torch.where(part.isfinite(), part, math.inf) for part in parts])[0]
+        high = _ends([torch.where(part.isfinite(), part, -math.inf) for part in parts])[1]
+    is_none = low > high
+    low, high = torch.where(is_none, 0.0, low).to(kind), torch.where(is_none, 0.0, high).to(kind)
+    is_point = low == high  # bins need a width
+    low, high = torch.where(is_point, low - 0.5, low), torch.where(is_point, high + 0.5, high)
     scale = BINS / (high - low)
     counts = torch.zeros(BINS + 1, dtype=torch.int64, device=device)  # the last one: of those that are not finite
-    sums = torch.zeros(2, dtype=low.dtype, device=device)
+    sums = torch.zeros(2, dtype=kind, device=device)
     for part in parts:
         for values in part.split(COUNTED_AT_ONCE if device.type == "cpu" else COUNTED_AT_ONCE * 64):
-            is_finite = values.isfinite()
             bins = ((values - low) * scale).clamp_(0, BINS - 1)
-            counts += _count(torch.where(is_finite, bins, BINS).to(torch.uint8))
-            finite = torch.where(is_finite, values, 0).to(low.dtype)
-            sums += torch.stack([finite.sum(), finite.square().sum()])
-    return torch.cat([torch.stack([low, high]), sums, counts.to(low.dtype)])
+            if leaves_out:
+                is_finite = values.isfinite()
+                values, bins = torch.where(is_finite, values, 0), torch.where(is_finite, bins, BINS)
+            counts += _count(bins.to(torch.uint8))
+            sums += torch.stack([values.sum(dtype=kind), values.norm().to(kind).square()])
+    return torch.cat([torch.stack([low, high]), sums, counts.to(kind)])
 
 
 def _count(bins: Tensor) -> Tensor:
@@ -324,12 +334,7 @@ def _count(bins: Tensor) -> Tensor:
     return counts.index_add_(0, bins.int(), torch.ones_like(bins, dtype=torch.int64))
 
 
-def _range(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the ends of the bins, each (): of the finite entries, and apart if all are the same or there are none."""
-    kind, parts = sums_type(parts[0].device), [part for part in parts if part.numel()]
-    low = torch.stack([torch.where(part.isfinite(), part, math.inf).amin() for part in parts]).amin().to(kind)
-    high = torch.stack([torch.where(part.isfinite(), part, -math.inf).amax() for part in parts]).amax().to(kind)
-    is_none = low > high
-    low, high = torch.where(is_none, 0.0, low), torch.where(is_none, 0.0, high)
-    is_point = low == high
-    return torch.where(is_point, low - 0.5, low), torch.where(is_point, high + 0.5, high)
+def _ends(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest entry, each ()."""
+    lows, highs = zip(*(torch.aminmax(part) for part in parts if part.numel()), strict=True)
+    return torch.stack(lows).amin(), torch.stack(highs).amax()
