@@ -31,7 +31,6 @@ from emoft.model.generation import (
     generate_all,
     generate_batch,
 )
-from emoft.model.kernels import use_fast_kernels
 from emoft.model.loading import check_fit, load_model
 from emoft.model.steering import Steering, build_steering
 from emoft.model.tokenizer import load_tokenizer
@@ -73,7 +72,6 @@ def main(config: GenerateConfig, prompts: list[str]) -> int:
         raise UserError(f"--quantize {config.quantize} is for CPUs, and this would run on {device.type}: add --use_cpu")
     precision = choose_generation_precision(config.mixed_precision, device, texts)
     model.to(precision.device)  # type: ignore[arg-type]  # a fault of the library's types
-    use_fast_kernels(model)
     decoder = build_decoder(model.eval(), precision, config.quantize == "int8")
     max_length = config.max_length
     if max_length == GenerateConfig.max_length:

@@ -182,6 +182,18 @@ class TestCompiled:
         assert train_losses(tmp_path / "run") == pytest.approx(train_losses(tmp_path / "plain"), rel=1e-5)
         assert weights(tmp_path / "run").keys() == weights(tmp_path / "plain").keys()
 
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+    def test_a_step_that_is_not_finite_is_traced_into_its_blocks(self, tmp_path, still_model, train_file) -> None:
+        model = GPT2LMHeadModel.from_pretrained(still_model)
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+        shutil.copytree(still_model, tmp_path / "spoilt")
+        model.save_pretrained(tmp_path / "spoilt")
+        words = flags(tmp_path / "spoilt", train_file, max_steps=2)
+        result = run_fresh("train.py", *words, "--torch_compile", cwd=tmp_path, **environment(tmp_path))
+        assert result.code == 2, result.err
+        assert "values of the output of transformer.h.1.mlp.c_fc are not finite" in result.out + result.err
+
     def test_without_a_compiler(self, run: Callable[..., Result], tmp_path, still_model, train_file) -> None:
         (tmp_path / "nothing").mkdir()
         result = run(

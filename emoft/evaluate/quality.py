@@ -218,7 +218,7 @@ def assess(
         each["copied_whole"] = np.array([judges.training.hold(text) for text in texts])
     judged = judges.language.score(texts, ended) if judges.language else None
 
-    def figures(which: np.ndarray, with_intervals: bool = False) -> dict[str, Any]:
+    def _figures(which: np.ndarray, with_intervals: bool = False) -> dict[str, Any]:
         chosen = [texts[number] for number in np.flatnonzero(which)]
         found: dict[str, Any] = {"texts": len(chosen)}
         for name in SHARES:
@@ -237,8 +237,8 @@ def assess(
         found |= {f"distinct_{length}": distinct(chosen, length) for length in (1, 2, 3)}
         return found | {"self_bleu": self_bleu(chosen)}
 
-    table = {label: figures(np.array([other == label for other in labels])) for label in samples}
-    return {**table, "all": figures(np.ones(len(texts), dtype=bool), with_intervals=True)}
+    table = {label: _figures(np.array([other == label for other in labels])) for label in samples}
+    return {**table, "all": _figures(np.ones(len(texts), dtype=bool), with_intervals=True)}
 
 
 def format_quality(table: dict[str, dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from emoft.distributed.parallel import whole
 from emoft.distributed.world import World
 from emoft.gradients.listener import Listener, gradient_noise
 from emoft.gradients.names import NO_UPDATE
+from emoft.model.kernels import uncompiled
 
 IN_BLOCK = re.compile(r"transformer\.h\.(\d+)\.(ln|[a-z]+\.[a-z_]+)")
 BINS = 64  # of a histogram
@@ -138,11 +139,9 @@ class GradientMonitor:
         if not self.is_on:
             yield
             return
-        # Compiled code cannot be listened to.
-        eager = torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
         try:
             self._listen(step)
-            with eager:
+            with uncompiled(self.is_compiled):
                 yield
         finally:
             self.is_on = False  # also of a step that was refused

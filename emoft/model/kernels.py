@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -95,6 +96,15 @@ def compile_blocks(transformer: nn.Module) -> None:
         ) from None
     for block in transformer.h:  # type: ignore[union-attr]  # a fault of the library's types
         _compile_in_training(block)
+
+
+def uncompiled(is_compiled: bool) -> AbstractContextManager[Any]:
+    """Return the context in which compiled blocks run as they are written, so that hooks in them are called.
+
+    Args:
+        is_compiled: whether there are any; torch takes seconds to load what it would need.
+    """
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def _compile_in_training(block: nn.Module) -> None:

@@ -38,7 +38,7 @@ def times_of(setup: Setup, measured: Measured, disk: Disk) -> dict[str, float]:
                 share = len(text_model.text_format.labels)
                 seconds = _seconds_of(setup, rows, lambda some: classify_rows(setup, some), share)
                 times[f"emotions told of {name}"] = classified * seconds
-    samples = timetable.rounds_of_samples()
+    samples = timetable.rounds_of_samples(done)
     times[f"{samples:,} rounds of samples"] = samples * devices.seconds_of(
         lambda: sample_texts(text_model, config.seed), device
     )

@@ -15,6 +15,7 @@ from emoft.data.tokenized import unigram_entropy
 from emoft.device import give_back_memory
 from emoft.errors import is_out_of_memory
 from emoft.model.generation import sample_texts
+from emoft.model.kernels import uncompiled
 from emoft.run.ending import Ending
 from emoft.run.evaluation import classify_rows, validate
 from emoft.run.faults import Faults
@@ -144,7 +145,8 @@ class Run:
                 assert self._refused is not None
                 self.finish_step(step, *self._refused)
             if bad_step := self.guard.bad_step:
-                yield from self.guard.repetitions()
+                with uncompiled(self.config.torch_compile):
+                    yield from self.guard.repetitions()
                 self.faults.after(bad_step)
                 assert self._refused is not None
                 self.finish_step(bad_step, *self._refused)

@@ -35,15 +35,16 @@ class Timetable:
         every = self.config.log_gradients_every
         return self.total_steps // every - done // every if every else 0
 
-    def rounds_of_samples(self) -> int:
-        """Return how often sample texts are written; once at the end."""
-        return 1 + (self.total_steps // self.config.sample_every if self.config.sample_every else 0)
+    def rounds_of_samples(self, done: int) -> int:
+        """Return how often sample texts are written after so many steps; once at the end."""
+        every = self.config.sample_every
+        return 1 + (self.total_steps // every - done // every if every else 0)
 
     def evaluations(self, done: int) -> int:
         """Return how many evaluations come after so many steps, with the one before the first step."""
-        if not self.validates:
-            return 0
         total, every = self.total_steps, self.eval_steps
+        if not self.validates or done >= total:
+            return 0
         return total // every - done // every + (total % every > 0) + (done == 0)
 
     def checkpoints(self, done: int) -> int:
